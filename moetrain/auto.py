@@ -1,0 +1,178 @@
+"""The one-import seam: Transformers' auto classes, with expert parallelism that is made to train.
+
+    from moetrain import AutoModelForCausalLM, DistributedConfig
+
+    model = AutoModelForCausalLM.from_pretrained(path, distributed_config=DistributedConfig(fsdp_size=8, ep_size=8))
+
+What comes back is the real Transformers class of the family (a subclass of it with the same name). It differs in
+three places: how tokens reach their experts, how the model is sharded while it loads, and how it is saved.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.distributed import DistributedConfig
+
+from moetrain import families
+from moetrain.checkpoint import Dropped, find_dropped, save_hf
+from moetrain.mesh import rank
+from moetrain.moe.layer import NAME, register
+from moetrain.parallelize import parallelize, without_expert_parallelism
+
+logger = logging.getLogger(__name__)
+register()
+
+
+class _Prepared:
+    """Goes before a Transformers model class: its loading shards with our plans, its saving is sharded too."""
+
+    dropped_weights: Dropped | None = None
+    """Weights of the source checkpoint that the class does not build; `save_pretrained` writes them back."""
+
+    @classmethod
+    def prepare_distribute_model(cls, distributed_config: Any, device_map: Any = None) -> Any:
+        if isinstance(distributed_config, dict):
+            distributed_config = DistributedConfig.from_dict(distributed_config)
+        distributed_config = copy.copy(distributed_config)
+        if distributed_config.ep_implementation == "auto" and distributed_config.tp_size == 1:
+            distributed_config.ep_implementation = NAME
+        return super().prepare_distribute_model(distributed_config, device_map=device_map)  # type: ignore[misc]
+
+    @classmethod
+    def maybe_distribute_model(cls, model: Any, distributed_config: DistributedConfig | None, mesh: Any) -> Any:
+        if mesh is None or distributed_config is None:
+            return model
+        if distributed_config.ep_size > 1 and (reason := families.fallback_reason(model)):
+            _say(f"{reason}: plain Transformers with FSDP2, no expert parallelism")
+            distributed_config = without_expert_parallelism(distributed_config)
+
+        def apply(model: PreTrainedModel) -> PreTrainedModel:
+            return super(_Prepared, cls).maybe_distribute_model(model, distributed_config, mesh)  # type: ignore[misc]
+
+        return parallelize(model, distributed_config, apply)
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """Transformers' `save_pretrained`; a sharded model is written by all ranks, each its own part, and every rank
+        must call it. The result is one standard checkpoint either way."""
+        assert isinstance(self, PreTrainedModel)
+        plain = getattr(self, "_mesh_manager", None) is None and self.dropped_weights is None
+        if plain or args or kwargs.get("state_dict") is not None or getattr(self, "_hf_peft_config_loaded", False):
+            super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+            return
+        save_hf(self, save_directory, extra=self.dropped_weights)
+
+
+class _PreparedMapping:
+    """Transformers' mapping from configuration to model class, with each class prepared."""
+
+    def __init__(self, mapping: Any) -> None:
+        self._mapping = mapping
+        self._classes: dict[type, type] = {}
+
+    def __getitem__(self, config_class: type[PreTrainedConfig]) -> Any:
+        found = self._mapping[config_class]
+        if isinstance(found, (list, tuple)):
+            return type(found)(self._prepare(model_class) for model_class in found)
+        return self._prepare(found)
+
+    def _prepare(self, model_class: type[PreTrainedModel]) -> type:
+        if model_class not in self._classes:
+            # the same name and module: Transformers reads both, for `architectures` and for the class's source
+            namespace = {"__module__": model_class.__module__, "__qualname__": model_class.__qualname__}
+            self._classes[model_class] = type(model_class.__name__, (_Prepared, model_class), namespace)
+        return self._classes[model_class]
+
+    def __contains__(self, config_class: object) -> bool:
+        return config_class in self._mapping
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._mapping)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._mapping, name)
+
+
+class _AutoModel:
+    """What both auto classes share."""
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """Transformers' `from_pretrained`. With `distributed_config` each rank reads only the bytes of its own experts
+        and shards. `experts_implementation` is ours unless given.
+
+        Raises:
+            ValueError: the layout does not fit the model, the family is known not to work, or the model needs code of
+                its own and `trust_remote_code=True` was not given.
+        """
+        wants_info = kwargs.pop("output_loading_info", False)
+        kwargs.setdefault("trust_remote_code", False)
+        model, info = super().from_pretrained(  # type: ignore[misc]
+            pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
+        )
+        finish(model, kwargs.get("experts_implementation"))
+        model.dropped_weights = find_dropped(model, info)
+        return (model, info) if wants_info else model
+
+    @classmethod
+    def from_config(
+        cls, config: PreTrainedConfig, *, distributed_config: DistributedConfig | None = None, **kwargs: Any
+    ) -> Any:
+        """A model with random weights. With `distributed_config` it is built on the meta device and every rank fills
+        only its own shards, from torch's current seed; the values depend on the layout."""
+        kwargs.setdefault("trust_remote_code", False)
+        if distributed_config is None:
+            model = super().from_config(config, **kwargs)  # type: ignore[misc]
+        else:
+            model = _sharded_from_config(super().from_config, config, distributed_config, **kwargs)  # type: ignore[misc]
+        finish(model, kwargs.get("experts_implementation"))
+        return model
+
+
+class AutoModelForCausalLM(_AutoModel, transformers.AutoModelForCausalLM):
+    _model_mapping = _PreparedMapping(transformers.AutoModelForCausalLM._model_mapping)
+
+
+class AutoModelForImageTextToText(_AutoModel, transformers.AutoModelForImageTextToText):
+    _model_mapping = _PreparedMapping(transformers.AutoModelForImageTextToText._model_mapping)
+
+
+def _sharded_from_config(build: Any, config: PreTrainedConfig, distributed_config: Any, **kwargs: Any) -> Any:
+    with torch.device("meta"):
+        model = build(config, **kwargs)
+    distributed_config, device_map, mesh = type(model).prepare_distribute_model(distributed_config)
+    model = type(model).maybe_distribute_model(model, distributed_config, mesh)
+    device_map = None if mesh is None else {"": device_map}
+    model._move_missing_keys_from_meta_to_device(set(model.state_dict()), device_map, mesh, None)
+    with torch.random.fork_rng(enabled=mesh is not None and not torch.cuda.is_available()):
+        if mesh is not None and not torch.cuda.is_available():
+            # DTensor keeps shards apart on accelerators only; on CPUs the ranks of a replica draw from seeds of their
+            # own, and equal shards of different replicas from equal ones
+            torch.manual_seed(torch.initial_seed() + rank() % distributed_config.fsdp_size)
+        model.initialize_weights()
+    model.tie_weights(recompute_mapping=False)
+    return model
+
+
+def finish(model: nn.Module, experts_implementation: str | None = None) -> None:
+    """What a model needs after its weights are there: our experts, and corrections of its family."""
+    families.check_supported(model.config)
+    reason = families.fallback_reason(model)
+    if reason is not None:
+        _say(f"{reason}: plain Transformers")
+        _apply_liger(model)
+    elif experts_implementation is None:
+        model.set_experts_implementation(NAME)
+    families.correct_after_load(model)
+
+
+def _say(message: str) -> None:
+    if rank() == 0:
+        logger.warning(message)

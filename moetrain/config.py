@@ -1,0 +1,259 @@
+"""The run configuration: strict, typed, documented at the field.
+
+A YAML file is read into `RunConfig`. Unknown keys are errors that name the nearest valid key, and every
+value can be overridden on the command line as `section.key=value`.
+"""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", validate_default=True, use_attribute_docstrings=True)
+
+
+class CreateConfig(_Section):
+    """Make a new checkpoint (tokenizer, config, random weights) at `model.path` when nothing is there yet."""
+
+    config: dict[str, Any]
+    """Transformers configuration as a mapping; `model_type` names the family. `vocab_size` is filled in from the tokenizer."""
+    vocab_size: PositiveInt = 4096
+    """Entries of the byte-level BPE tokenizer that is trained on the training text."""
+
+
+class ModelConfig(_Section):
+    path: str
+    """Checkpoint directory in Hugging Face format, or a hub id."""
+    create: CreateConfig | None = None
+    """Set it to start from random weights; without it `path` must hold a checkpoint."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Type of the parameters and the arithmetic."""
+    attn_implementation: str | None = None
+    """Name in Transformers' attention registry (`sdpa`, `eager`, `flash_attention_2`, ...); None lets the model choose."""
+    experts: Literal["auto", "grouped_mm", "eager"] = "auto"
+    """Arithmetic of the experts. `auto` takes grouped_mm, the loop of `eager` where the dtype or device refuses it."""
+    dispatch: Literal["auto", "local", "alltoall"] = "auto"
+    """How tokens reach the ranks of their experts. `auto` takes `local` on one rank, `alltoall` on several."""
+    activation_checkpointing: Literal["none", "full", "selective"] = "none"
+    """`full` recomputes each layer in the backward; `selective` does too, but keeps what dispatch and combine
+    received, so that the recomputation sends nothing."""
+    trust_remote_code: bool = False
+    """Allow Python code from the model directory to run. Never inferred from a model's name."""
+
+
+class ParallelConfig(_Section):
+    processes: PositiveInt | None = None
+    """Processes to start on this machine; None means one a GPU, or one without GPUs. Ignored under torchrun or Slurm."""
+    ep_size: PositiveInt = 1
+    """Ranks that hold distinct experts. Divides the number of experts and the ranks of a replica."""
+    dp_replicate_size: PositiveInt = 1
+    """Replicas of the sharded model (HSDP); the rest of the world is the FSDP axis."""
+    timeout_seconds: PositiveInt = 600
+    """A collective that takes longer ends the run with a report instead of hanging."""
+
+
+class Source(_Section):
+    """One place that text comes from."""
+
+    path: str
+    """File, directory or glob; `python:stdlib` is the source code of the running Python's standard library."""
+    format: Literal["auto", "text", "jsonl", "parquet", "arrow", "datasets", "chat", "tokens"] = "auto"
+    """`auto` goes by the file's ending; `chat` is JSONL with OpenAI messages; `tokens` a file of `moetrain data tokenize`."""
+    text_key: str = "text"
+    """Field that holds the text, for jsonl, parquet, arrow and datasets."""
+    messages_key: str = "messages"
+    """Field that holds the list of messages, for chat."""
+    tools_key: str = "tools"
+    """Field that holds the tool schemas, for chat."""
+    weight: Annotated[float, Field(gt=0)] = 1.0
+    """Share of this source relative to the others when several are mixed."""
+
+
+class DataConfig(_Section):
+    train: list[Source] = Field(min_length=1)
+    validation: list[Source] | None = None
+    """None takes `validation_fraction` of the training documents."""
+    validation_fraction: Annotated[float, Field(gt=0, lt=0.5)] = 0.02
+    seq_len: PositiveInt = 4096
+    """Tokens in a packed row."""
+    batch_size: PositiveInt = 1
+    """Rows per rank in one forward pass."""
+    packing: bool = True
+    """Pack documents into rows of `seq_len`; without it a row is one document, padded or cut."""
+    document_mask: bool = True
+    """Attention and state-space layers see only their own document inside a packed row."""
+    loss_on: Literal["auto", "all", "assistant"] = "auto"
+    """Tokens that carry loss: `auto` is every token of text, and the assistant's turns of a chat."""
+    on_bad_line: Literal["fail", "skip"] = "fail"
+    """What a malformed line does: stop with file and line number, or be skipped and counted."""
+    chat_template: str | None = None
+    """File with a Jinja chat template that replaces the tokenizer's."""
+    cache_dir: str | None = None
+    """Where tokenised data is kept; None means `<output_dir>/data`."""
+
+
+class OptimConfig(_Section):
+    lr: Annotated[float, Field(gt=0)] = 1e-5
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """Decoupled decay (AdamW) of matrices; vectors (norms, biases) are not decayed."""
+    max_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
+    """Clip the global gradient norm to this; None reports the norm only."""
+    states: Literal["auto", "fp32", "master", "bf16_stochastic", "8bit"] = "auto"
+    """`fp32`: parameters and states as they are; `master`: fp32 master copy beside bf16 parameters;
+    `bf16_stochastic`: bf16 states and stochastic rounding of the update; `8bit`: torchao's 8-bit states.
+    `auto` is fp32 for fp32 parameters and master for bf16."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = 0.1
+    """The schedule ends at `lr * min_lr_ratio`."""
+
+
+class BalanceConfig(_Section):
+    aux_loss_coef: Annotated[float, Field(ge=0)] | None = None
+    """Coefficient of the model's own load-balancing loss; None takes the model configuration's value."""
+    bias_update_rate: Annotated[float, Field(ge=0)] = 0.0
+    """Step of the auxiliary-loss-free update of the routers' correction bias (DeepSeek-V3); 0 leaves it alone."""
+    gate: Literal["learned", "random", "sequential"] = "learned"
+    """Benchmarks only: `random` and `sequential` replace the learned routing by balanced ones."""
+
+
+class CheckpointConfig(_Section):
+    every: Annotated[int, Field(ge=0)] = 0
+    """Steps between training checkpoints; 0 saves only at the end."""
+    keep: PositiveInt = 2
+    """Newest training checkpoints that stay."""
+    resume: Literal["auto", "never"] | str = "auto"
+    """`auto` continues from the newest complete checkpoint of `output_dir`; a path names one."""
+    export: bool = True
+    """Write a standard Hugging Face checkpoint to `<output_dir>/model` at the end."""
+
+
+class MetricsConfig(_Section):
+    log_every: PositiveInt = 1
+    """Steps between lines on the console; every step goes to metrics.jsonl."""
+    prometheus_port: Annotated[int, Field(ge=0, le=65535)] | None = None
+    """Port of rank 0's Prometheus endpoint, rank r listens on port + r; 0 picks free ones; None is off."""
+    prometheus_host: str = "127.0.0.1"
+
+
+class TrainConfig(_Section):
+    steps: PositiveInt
+    """Optimizer steps."""
+    grad_accum: PositiveInt = 1
+    """Forward and backward passes in a step. The loss is divided by the true number of label tokens of the whole
+    step over all ranks, so the split into passes and ranks does not change it."""
+    eval_every: Annotated[int, Field(ge=0)] = 0
+    """Steps between evaluations; one is always made before the first step and after the last. 0: only those."""
+    eval_rows: PositiveInt = 64
+    """Packed rows of an evaluation, over all ranks."""
+    seed: int = 0
+    loss: Literal["auto", "fused", "plain"] = "auto"
+    """`fused` never holds the logits of all tokens; `auto` takes it where the model's head allows."""
+    max_minutes: Annotated[float, Field(gt=0)] | None = None
+    """Stop, save and export cleanly after this long."""
+    sample_prompt: str | None = None
+    """Text that the exported model continues at the end of the run, for a look."""
+
+
+class RunConfig(_Section):
+    """One training run."""
+
+    output_dir: str
+    """Everything that the run writes goes here."""
+    model: ModelConfig
+    data: DataConfig
+    train: TrainConfig
+    optim: OptimConfig = OptimConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    balance: BalanceConfig = BalanceConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    metrics: MetricsConfig = MetricsConfig()
+
+    @model_validator(mode="after")
+    def _warmup_fits(self) -> RunConfig:
+        if self.optim.warmup_steps >= self.train.steps and self.optim.warmup_steps > 0:
+            raise ValueError(
+                f"optim.warmup_steps={self.optim.warmup_steps} leaves no step of train.steps={self.train.steps}; lower it"
+            )
+        return self
+
+
+def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
+    """Read a YAML file, apply `a.b=value` overrides (values are YAML) and validate.
+
+    Raises:
+        ValueError: the file is missing or no YAML mapping, an override is malformed, or a key or value is invalid;
+            the message names the key, and for an unknown one the nearest that exists.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"no configuration file at {path}")
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(raw, dict):
+        raise ValueError(f"{path} must hold a mapping with the sections {', '.join(RunConfig.model_fields)}")
+    for override in overrides or []:
+        _apply_override(raw, override)
+    return parse_config(raw)
+
+
+def parse_config(raw: dict[str, Any]) -> RunConfig:
+    """Validate a mapping. Raises ValueError with one line for each wrong key or value."""
+    try:
+        return RunConfig.model_validate(raw)
+    except ValidationError as error:
+        raise ValueError("\n".join(_explain(item) for item in error.errors())) from None
+
+
+def _apply_override(raw: dict[str, Any], override: str) -> None:
+    key, sep, text = override.partition("=")
+    if not sep or not key:
+        raise ValueError(f"override {override!r} is not of the form section.key=value")
+    *parents, leaf = key.split(".")
+    node = raw
+    for name in parents:
+        child = node.setdefault(name, {})
+        if not isinstance(child, dict):
+            raise ValueError(f"override {override!r}: {name} is not a section")
+        node = child
+    node[leaf] = yaml.safe_load(text)
+
+
+def _explain(item: Any) -> str:
+    """One line for a pydantic error; unknown keys get the nearest valid one."""
+    location = ".".join(str(part) for part in item["loc"]) or "configuration"
+    if item["type"] != "extra_forbidden":
+        return f"{location}: {item['msg'].removeprefix('Value error, ')}"
+    valid = sorted(_fields_at(item["loc"][:-1]))
+    nearest = difflib.get_close_matches(str(item["loc"][-1]), valid, n=1, cutoff=0.5)
+    hint = f"did you mean {nearest[0]!r}?" if nearest else f"valid keys: {', '.join(valid)}"
+    return f"{location}: unknown key; {hint}"
+
+
+def _fields_at(location: tuple[Any, ...]) -> set[str]:
+    """Valid keys of the section at `location`, list positions skipped."""
+    section: type[BaseModel] = RunConfig
+    for part in location:
+        if isinstance(part, int):
+            continue
+        section = _section_of(section.model_fields[part].annotation) or section
+    return set(section.model_fields)
+
+
+def _section_of(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    for argument in getattr(annotation, "__args__", ()):
+        if found := _section_of(argument):
+            return found
+    return None

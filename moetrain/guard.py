@@ -1,0 +1,163 @@
+"""What keeps a run honest: stop requests, the non-finite stop, heartbeats with a hang report, a writable output."""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import json
+import math
+import os
+import shutil
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+BEAT_SECONDS = 2.0
+"""At most one heartbeat file a rank in this time: 128 ranks may share one file system."""
+_TIME_IS_UP = signal.NSIG
+"""Beside the signal numbers, the code that ranks agree on when `max_minutes` have passed."""
+
+
+class NonFiniteError(ValueError):
+    """The loss or the gradient norm of a step is NaN or infinite."""
+
+
+class Guard:
+    """Watches one rank of a run, as a context manager around the training loop.
+
+    Args:
+        output_dir: heartbeat and hang files go here; it must exist.
+        rank: this process.
+        hang_seconds: without a heartbeat for this long, every thread's stack is written to `hang-rank-N.txt`.
+            Choose less than the timeout of the collectives, which ends the process.
+        max_minutes: request a stop after this long; None never does.
+    """
+
+    def __init__(
+        self, output_dir: str | Path, rank: int, hang_seconds: float = 300.0, max_minutes: float | None = None
+    ) -> None:
+        self.heartbeat_file = Path(output_dir) / f"heartbeat-rank-{rank}.json"
+        self.hang_file = Path(output_dir) / f"hang-rank-{rank}.txt"
+        self._rank = rank
+        self._hang_seconds = hang_seconds
+        self._deadline = None if max_minutes is None else time.monotonic() + 60 * max_minutes
+        self._signum = 0
+        self._last_beat = time.monotonic()
+        self._last_write = -math.inf
+        self._closed = threading.Event()
+        self._previous: dict[int, Any] = {}
+        self._watchdog = threading.Thread(target=self._watch, name="moetrain-watchdog", daemon=True)
+
+    def __enter__(self) -> Guard:
+        for signum in STOP_SIGNALS:
+            self._previous[signum] = signal.signal(signum, self._on_signal)
+        self._last_beat = time.monotonic()
+        self._watchdog.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._closed.set()
+        self._watchdog.join()
+        for signum, handler in self._previous.items():
+            signal.signal(signum, handler)
+
+    def should_stop(self, group: dist.ProcessGroup | None = None) -> str | None:
+        """Why to stop after this step, or None. The ranks of `group` (None: all) get the same answer at the same step.
+
+        A signal may reach one rank or all of them, and clocks differ: one all-reduce of one int32 settles it. Without
+        a process group the rank answers alone.
+        """
+        code = self._signum
+        if code == 0 and self._deadline is not None and time.monotonic() >= self._deadline:
+            code = _TIME_IS_UP
+        if dist.is_initialized():
+            on_cpu = "cpu" in dist.get_backend_config(group)
+            flag = torch.tensor(code, dtype=torch.int32, device="cpu" if on_cpu else "cuda")
+            dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=group)
+            code = int(flag.item())
+        if code == 0:
+            return None
+        return "train.max_minutes have passed" if code == _TIME_IS_UP else signal.Signals(code).name
+
+    def heartbeat(self, step: int, phase: str = "train") -> None:
+        """Say that this rank is alive; cheap enough for every step and micro-batch."""
+        now = self._last_beat = time.monotonic()
+        if now - self._last_write < BEAT_SECONDS:
+            return
+        self._last_write = now
+        record = {"rank": self._rank, "step": step, "phase": phase, "time": round(time.time(), 3)}
+        temporary = self.heartbeat_file.with_suffix(".tmp")
+        with contextlib.suppress(OSError):  # a disk that is full for a moment must not end training here
+            temporary.write_text(json.dumps(record) + "\n", encoding="utf-8")
+            os.replace(temporary, self.heartbeat_file)
+
+    def _on_signal(self, signum: int, _frame: FrameType | None) -> None:
+        self._signum = signum
+        if signum == signal.SIGINT:
+            # The second Ctrl-C ends the process at once, also inside a collective that never returns.
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    def _watch(self) -> None:
+        """Write one hang report for each silence of `hang_seconds`."""
+        reported = math.nan
+        while not self._closed.wait(min(1.0, self._hang_seconds / 4)):
+            silence = time.monotonic() - self._last_beat
+            if silence < self._hang_seconds or self._last_beat == reported:
+                continue
+            reported = self._last_beat
+            with self.hang_file.open("a", encoding="utf-8") as file:
+                file.write(f"rank {self._rank}: no heartbeat for {silence:.0f} s; the stacks of all threads:\n")
+                file.flush()
+                faulthandler.dump_traceback(file, all_threads=True)
+            print(
+                f"moetrain: rank {self._rank} has been silent for {silence:.0f} s; stacks are in {self.hang_file}",
+                file=sys.stderr,
+                flush=True,
+            )
+
+
+def check_finite(step: int, loss: float, grad_norm: float) -> None:
+    """Stop before the optimizer touches the parameters when a step's numbers are no numbers.
+
+    Raises:
+        NonFiniteError: names the step and the value. It must be called with values that are equal on all ranks.
+    """
+    bad = [f"{name} is {value}" for name, value in (("loss", loss), ("gradient norm", grad_norm)) if not math.isfinite(value)]
+    if bad:
+        raise NonFiniteError(
+            f"step {step}: {' and '.join(bad)}. The run stopped before the optimizer's update; the parameters and the "
+            "checkpoints written so far are as they were. Usual remedies: a lower optim.lr, more optim.warmup_steps, "
+            "optim.max_grad_norm, model.dtype=float32 to find the place, or a look at the data of this step."
+        )
+
+
+def check_writable(output_dir: str | Path, needed_bytes: int = 0) -> None:
+    """Make `output_dir` and prove that it takes files, before any work is done.
+
+    Raises:
+        ValueError: it cannot be made or written, or has less than `needed_bytes` free.
+    """
+    output_dir = Path(output_dir)
+    probe = output_dir / f".probe-{os.getpid()}"
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        probe.write_bytes(b"\0" * 4096)  # a full disk accepts an empty file
+    except OSError as error:
+        raise ValueError(f"output_dir {output_dir} cannot be written: {error.strerror}") from error
+    finally:
+        with contextlib.suppress(OSError):
+            probe.unlink()
+    free = shutil.disk_usage(output_dir).free
+    if free < needed_bytes:
+        raise ValueError(
+            f"output_dir {output_dir} has {free / 2**30:.1f} GiB free and the run needs about "
+            f"{needed_bytes / 2**30:.1f} GiB; make room, choose another output_dir, or lower checkpoint.keep"
+        )

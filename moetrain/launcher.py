@@ -1,0 +1,205 @@
+"""Start the ranks of a run: in this process under torchrun or Slurm, else as local processes that never outlive it."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import FrameType
+
+from moetrain.config import load_config
+
+POLL_SECONDS = 0.05
+OWN_EXIT_SECONDS = 3.0
+"""After one rank has died, the others get this long to fail by themselves: their errors say what they waited for."""
+TERM_SECONDS = 5.0
+"""From SIGTERM to SIGKILL for ranks that outlive a dead one."""
+TAIL_LINES = 25
+FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+
+def launch(config_path: str, overrides: Sequence[str] = (), processes: int | None = None) -> int:
+    """Train as the configuration says; returns the exit code for the shell.
+
+    Where RANK and WORLD_SIZE are set (torchrun, Slurm) this process is one rank. Otherwise `processes` ranks start
+    on this machine: the argument, else `parallel.processes`, else one a GPU, else one.
+
+    Raises:
+        ValueError: the configuration is wrong.
+    """
+    config = load_config(config_path, list(overrides))
+    inside_launcher = "RANK" in os.environ and "WORLD_SIZE" in os.environ
+    if not inside_launcher:
+        processes = processes or config.parallel.processes or _gpu_count() or 1
+        if processes > 1:
+            command = [sys.executable, "-m", "moetrain", "train", config_path, *overrides]
+            return run_local(command, processes, Path(config.output_dir) / "logs")
+        os.environ.update(rank_environment(0, 1, free_port()))
+    from moetrain.trainer import train
+
+    train(config)
+    return 0
+
+
+def run_local(command: Sequence[str], processes: int, log_dir: Path) -> int:
+    """Run `command` once a rank with torchrun's variables set, and wait; returns the exit code for the shell.
+
+    Rank 0 writes to this terminal, rank r to `log_dir/rank-r.log`. SIGINT, SIGTERM and SIGUSR1 are passed on once,
+    a second SIGINT kills. When a rank dies the others are stopped within seconds, and its last lines are printed.
+    The ranks die with this process, whatever kills it.
+    """
+    log_dir.mkdir(parents=True, exist_ok=True)
+    received: list[int] = []
+    ranks: list[subprocess.Popen[bytes]] = []
+
+    def note(signum: int, _frame: FrameType | None) -> None:
+        received.append(signum)
+
+    previous = {signum: signal.signal(signum, note) for signum in FORWARDED}
+    try:
+        port = free_port()
+        for rank in range(processes):
+            ranks.append(_start(command, rank_environment(rank, processes, port), log_dir / f"rank-{rank}.log"))
+        return _supervise(ranks, received, log_dir)
+    finally:
+        _kill(ranks)
+        for signum, handler in previous.items():
+            signal.signal(signum, handler)
+
+
+def rank_environment(rank: int, processes: int, port: int) -> dict[str, str]:
+    """The variables that torchrun would set for a rank of one machine."""
+    threads = max(1, len(os.sched_getaffinity(0)) // processes)
+    return {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(processes),
+        "LOCAL_WORLD_SIZE": str(processes),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads)),
+        # gloo would otherwise look up the machine's own name, which need not resolve, and listen on that address.
+        "GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", "lo"),
+    }
+
+
+def free_port() -> int:
+    """A TCP port on loopback that nobody listens on."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        port: int = sock.getsockname()[1]
+        return port
+
+
+def _gpu_count() -> int:
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def _start(command: Sequence[str], environment: dict[str, str], log: Path) -> subprocess.Popen[bytes]:
+    """Start one rank in a session of its own: Ctrl-C reaches the launcher alone, which passes it on once."""
+    env = {**os.environ, **environment, "PYTHONUNBUFFERED": "1"}
+    if environment["RANK"] == "0":
+        return subprocess.Popen(command, env=env, start_new_session=True, preexec_fn=_die_with_parent())
+    with log.open("ab") as file:
+        return subprocess.Popen(
+            command, env=env, stdout=file, stderr=file, start_new_session=True, preexec_fn=_die_with_parent()
+        )
+
+
+def _die_with_parent() -> Callable[[], None]:
+    """For the child, between fork and exec: the kernel kills it when this process ends, even by SIGKILL."""
+    pr_set_pdeathsig = 1
+    prctl = ctypes.CDLL(None).prctl
+    parent = os.getpid()
+
+    def arm() -> None:
+        prctl(pr_set_pdeathsig, int(signal.SIGKILL))
+        if os.getppid() != parent:  # the parent died before the line above
+            os._exit(1)
+
+    return arm
+
+
+def _supervise(ranks: list[subprocess.Popen[bytes]], received: list[int], log_dir: Path) -> int:
+    """Wait for all ranks or for the first failure, passing signals on."""
+    forwarded: set[int] = set()
+    while True:
+        codes = [rank.poll() for rank in ranks]
+        failed = [rank for rank, code in enumerate(codes) if code]
+        if failed:
+            break
+        if all(code == 0 for code in codes):
+            return 0
+        while received:
+            signum = received.pop(0)
+            if signum == signal.SIGINT and signum in forwarded:
+                _say("second interrupt: killing all ranks, nothing is saved")
+                return 128 + signum
+            if signum not in forwarded:
+                forwarded.add(signum)
+                _signal(ranks, signum)
+        time.sleep(POLL_SECONDS)
+    code = codes[failed[0]]
+    assert code is not None
+    _stop(ranks)
+    if -code in forwarded:
+        _say(f"stopped by {signal.Signals(-code).name} before training had begun to listen for it")
+    else:
+        _report(failed, codes, log_dir)
+    return 128 - code if code < 0 else code
+
+
+def _report(failed: list[int], codes: list[int | None], log_dir: Path) -> None:
+    """Say who died first and how, with the end of its log; rank 0 has already written to this terminal."""
+    for rank in failed:
+        code = codes[rank]
+        assert code is not None
+        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+        _say(f"rank {rank} {how}; the other ranks were stopped")
+    loggers = [rank for rank in failed if rank > 0]
+    if loggers and 0 not in failed:
+        log = log_dir / f"rank-{loggers[0]}.log"
+        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-TAIL_LINES:]
+        _say(f"last lines of rank {loggers[0]} ({log}):")
+        print("\n".join(f"  {line}" for line in lines), file=sys.stderr, flush=True)
+
+
+def _stop(ranks: list[subprocess.Popen[bytes]]) -> None:
+    """Let the ranks end: by themselves, then by SIGTERM; the caller kills what is left."""
+    _wait(ranks, OWN_EXIT_SECONDS)
+    _signal(ranks, signal.SIGTERM)
+    _wait(ranks, TERM_SECONDS)
+
+
+def _kill(ranks: list[subprocess.Popen[bytes]]) -> None:
+    """Kill each rank with its whole process group, loader workers included."""
+    for rank in ranks:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(rank.pid, signal.SIGKILL)
+    for rank in ranks:
+        rank.wait()
+
+
+def _signal(ranks: list[subprocess.Popen[bytes]], signum: int) -> None:
+    for rank in ranks:
+        if rank.poll() is None:
+            rank.send_signal(signum)
+
+
+def _wait(ranks: list[subprocess.Popen[bytes]], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline and any(rank.poll() is None for rank in ranks):
+        time.sleep(POLL_SECONDS)
+
+
+def _say(text: str) -> None:
+    print(f"moetrain: {text}", file=sys.stderr, flush=True)

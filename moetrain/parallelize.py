@@ -1,0 +1,75 @@
+"""The order in which a model becomes parallel, in one place.
+
+    on the meta device   experts -> sharding          (`parallelize`, before any weight is read)
+    with weights         checkpointing                (`checkpoint_activations`)
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+from transformers import PreTrainedModel
+from transformers.distributed import DistributedConfig
+
+from moetrain import families
+from moetrain.mesh import check_ep_divides
+from moetrain.moe.dispatch import COMMUNICATION_OPS
+
+logger = logging.getLogger(__name__)
+
+
+def parallelize(
+    model: PreTrainedModel,
+    config: DistributedConfig,
+    apply: Callable[[PreTrainedModel], PreTrainedModel],
+) -> PreTrainedModel:
+    """Shard a model that is on the meta device: experts over `ep`, then everything over `fsdp`.
+
+    Args:
+        apply: Transformers' own application of a config with complete plans (`maybe_distribute_model`).
+
+    Raises:
+        ValueError: `ep_size` does not divide the experts, or the family cannot be expert-parallel.
+    """
+    if config.ep_size > 1:
+        for _, experts in families.experts_modules(model):
+            check_ep_divides(experts.num_experts, config.ep_size, config.fsdp_size)
+        model._ep_plan = families.ep_plan(model)
+    if config.dp_size > 1:
+        model._fsdp_plan = families.fsdp_plan(model)
+    return apply(model)
+
+
+def without_expert_parallelism(config: DistributedConfig) -> DistributedConfig:
+    """The same ranks, all of them for FSDP."""
+    return DistributedConfig.from_dict(config.to_dict() | {"ep_size": 1, "enable_expert_parallel": False})
+
+
+def checkpoint_activations(model: PreTrainedModel, mode: str) -> None:
+    """Recompute each decoder layer in the backward.
+
+    Args:
+        mode: `none`; `full`; or `selective`, which keeps what the dispatcher's collectives received, so that the
+            recomputation sends nothing.
+    """
+    if mode == "none":
+        return
+    if not model.supports_gradient_checkpointing:
+        raise ValueError(
+            f"{type(model).__name__} does not support activation checkpointing; set model.activation_checkpointing=none"
+        )
+    kwargs: dict[str, Any] = {"use_reentrant": False}
+    if mode == "selective":
+        kwargs["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _keep_communication)
+    elif mode != "full":
+        raise ValueError(f"unknown activation checkpointing {mode!r}; valid: none, full, selective")
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
+
+
+def _keep_communication(ctx: Any, op: torch._ops.OpOverload, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if op in COMMUNICATION_OPS else CheckpointPolicy.PREFER_RECOMPUTE

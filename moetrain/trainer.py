@@ -1,0 +1,328 @@
+"""The training loop, to be read from top to bottom.
+
+    train    setup -> resume -> evaluate -> steps -> save -> export
+    step     batches -> forward, loss, backward -> clip -> check -> optimizer -> metrics
+
+Loss and gradients of a step are means over the label tokens of all ranks and passes together: each pass returns its
+sum of token losses times `dp_size / label_tokens`, and the sharded backward averages over the `dp_size` data ranks.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+import os
+import resource
+import time
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
+
+from moetrain import mesh
+from moetrain.auto import AutoModelForCausalLM
+from moetrain.checkpoint import check_checkpoint, find_latest, load_state, prune, save_state
+from moetrain.config import RunConfig
+from moetrain.create import create_checkpoint
+from moetrain.data import Data, Loader, build_data, read_texts
+from moetrain.data.packing import packing_support
+from moetrain.data.tokenizer import check_vocabulary
+from moetrain.guard import Guard, check_writable
+from moetrain.loss import install_loss
+from moetrain.metrics import EvalRecord, Metrics, StepRecord
+from moetrain.moe.balance import BiasUpdate, LoadStats, set_aux_loss
+from moetrain.moe.layer import ep_implementation
+from moetrain.moe.router import set_gate
+from moetrain.optim import build_optimizer, build_scheduler, clip_grad_norm
+from moetrain.parallelize import checkpoint_activations
+
+logger = logging.getLogger(__name__)
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def train(config: RunConfig) -> None:
+    """Run one training from its configuration, in this process and those that the launcher started with it.
+
+    Raises:
+        ValueError: the configuration does not fit the model, the data or the machine; nothing has been written yet.
+        FloatingPointError: the loss or the gradient norm is not finite; the optimizer has not seen it.
+    """
+    run = setup(config)
+    try:
+        step = run.resume()
+        if step == 0:
+            run.evaluate(step)
+        while step < config.train.steps and not run.should_stop():
+            step += 1
+            run.step(step)
+            if config.train.eval_every and step % config.train.eval_every == 0 and step < config.train.steps:
+                run.evaluate(step)
+            if config.checkpoint.every and step % config.checkpoint.every == 0 and step < config.train.steps:
+                run.save(step)
+        run.evaluate(step)
+        run.save(step)
+        if config.checkpoint.export and not run.guard.signalled:
+            run.export()
+    finally:
+        run.close()
+
+
+@dataclass
+class Run:
+    """What a step needs. Made by `setup`."""
+
+    config: RunConfig
+    device: torch.device
+    model: PreTrainedModel
+    tokenizer: Any
+    data: Data
+    optimizer: torch.optim.Optimizer
+    scheduler: torch.optim.lr_scheduler.LRScheduler
+    stats: LoadStats
+    bias_update: BiasUpdate | None
+    guard: Guard
+    metrics: Metrics
+    started: float = dataclasses.field(default_factory=time.monotonic)
+
+    def step(self, step: int) -> None:
+        """One optimizer step: forward and backward of each pass, clip, check, update, record."""
+        begin = time.perf_counter()
+        passes = [next(self.data.train) for _ in range(self.config.train.grad_accum)]
+        label_tokens = self.global_sum(sum(count_labels(batch) for batch in passes))
+        loss = torch.zeros((), device=self.device)
+        for batch in passes:
+            loss += self.forward_backward(batch, label_tokens)
+
+        grad_norm = clip_grad_norm(self.model.parameters(), self.config.optim.max_grad_norm)
+        mean_loss, norm = self.mean_over_ranks(loss), grad_norm.item()
+        self.guard.check_finite(step, mean_loss, norm)
+        lr = self.scheduler.get_last_lr()[0]
+        self.optimizer.step()
+        self.scheduler.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        balance = self.stats.read()
+        if self.bias_update is not None:
+            self.bias_update.step()
+
+        seconds = time.perf_counter() - begin
+        seen = sum(batch["input_ids"].numel() for batch in passes) * mesh.world_size()
+        self.guard.beat(step)
+        self.metrics.step(
+            StepRecord(
+                step=step,
+                loss=mean_loss,
+                grad_norm=norm,
+                lr=lr,
+                tokens=int(label_tokens),
+                tokens_per_second=seen / seconds,
+                step_seconds=seconds,
+                memory_bytes=memory_bytes(),
+                expert_load_max_over_mean=balance.max_over_mean,
+                idle_experts=balance.idle_experts,
+                load_entropy=balance.entropy,
+            )
+        )
+
+    def forward_backward(self, batch: dict[str, Tensor], label_tokens: float) -> Tensor:
+        """Gradients of one pass; returns its share of the step's loss on this rank."""
+        # an empty pass (padding only) still runs: its ranks' collectives belong to everyone
+        scale = torch.tensor(max(label_tokens, 1.0) / mesh.world_size(), device=self.device)
+        output = self.model(**self.to_device(batch), num_items_in_batch=scale, use_cache=False)
+        output.loss.backward()
+        loss: Tensor = output.loss.detach()
+        return loss
+
+    @torch.no_grad()
+    def evaluate(self, step: int) -> None:
+        """Mean loss over the label tokens of the validation rows, the same rows each time and for any world."""
+        self.model.eval()
+        total, tokens = torch.zeros((), device=self.device), 0
+        one = torch.ones((), device=self.device)
+        with self.stats.paused():
+            for batch in self.data.validation.rows(self.config.train.eval_rows):
+                total += self.model(**self.to_device(batch), num_items_in_batch=one, use_cache=False).loss
+                tokens += count_labels(batch)
+        self.model.train()
+        all_tokens = self.global_sum(tokens)
+        loss = self.mean_over_ranks(total) * mesh.world_size() / max(all_tokens, 1.0)
+        self.guard.beat(step)
+        self.metrics.eval(EvalRecord(step=step, loss=loss, tokens=int(all_tokens)))
+
+    def should_stop(self) -> bool:
+        """Whether all ranks stop here: a signal reached one of them, or the time is up."""
+        limit = self.config.train.max_minutes
+        timed_out = limit is not None and time.monotonic() - self.started > 60 * limit
+        return self.guard.should_stop(timed_out)
+
+    def save(self, step: int) -> None:
+        """Training checkpoint of all ranks, committed last, then the old ones go."""
+        folder = self.checkpoints
+        save_state(
+            folder,
+            step,
+            model=self.model,
+            optimizer=self.optimizer,
+            scheduler=self.scheduler,
+            data_state=self.data.train.state_dict(),
+            tokenizer=self.tokenizer,
+        )
+        prune(folder, self.config.checkpoint.keep)
+        self.guard.beat(step)
+
+    def resume(self) -> int:
+        """Continue from the newest complete checkpoint, or the one that is named; the number of steps done."""
+        choice = self.config.checkpoint.resume
+        if choice == "never":
+            return 0
+        path = find_latest(self.checkpoints) if choice == "auto" else Path(choice)
+        if path is None:
+            return 0
+        state = load_state(path, model=self.model, optimizer=self.optimizer, scheduler=self.scheduler)
+        self.data.train.load_state_dict(state.data_state)
+        self.metrics.resume(state.step)
+        return state.step
+
+    def export(self) -> None:
+        """Standard Hugging Face checkpoint, with its tokenizer."""
+        out = self.output_dir / "model"
+        self.model.save_pretrained(out)
+        if mesh.rank() == 0:
+            self.tokenizer.save_pretrained(out)
+        barrier()
+
+    def close(self) -> None:
+        self.metrics.close()
+        self.guard.close()
+
+    @property
+    def output_dir(self) -> Path:
+        return Path(self.config.output_dir)
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.output_dir / "checkpoints"
+
+    def to_device(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
+
+    def global_sum(self, value: float) -> float:
+        """Sum of a number over all ranks."""
+        if not dist.is_initialized():
+            return float(value)
+        tensor = torch.tensor(float(value), dtype=torch.float64, device=self.device)
+        dist.all_reduce(tensor)
+        return tensor.item()
+
+    def mean_over_ranks(self, value: Tensor) -> float:
+        return self.global_sum(value.item()) / mesh.world_size()
+
+
+def setup(config: RunConfig) -> Run:
+    """Everything before the first step. Cheap checks come first, so that a mistake costs seconds."""
+    device = start_process_group(config)
+    output_dir = Path(config.output_dir)
+    if mesh.rank() == 0:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        check_writable(output_dir)
+        if config.model.create is not None:
+            texts = read_texts(config.data.train, on_bad_line=config.data.on_bad_line)
+            create_checkpoint(Path(config.model.path), config.model.create, texts, config.train.seed)
+    barrier()
+    check_checkpoint(config.model.path)
+    torch.manual_seed(config.train.seed)
+
+    tokenizer = AutoTokenizer.from_pretrained(config.model.path, trust_remote_code=config.model.trust_remote_code)
+    model = build_model(config)
+    check_vocabulary(tokenizer, model.config)
+    if config.data.packing and config.data.document_mask and (reason := packing_support(model)):
+        raise ValueError(f"{reason}; set data.document_mask=false or data.packing=false")
+    data = build_data(
+        config.data,
+        tokenizer,
+        dp_rank=mesh.rank(),
+        dp_size=mesh.world_size(),
+        seed=config.train.seed,
+        cache_dir=Path(config.data.cache_dir or output_dir / "data"),
+        progress=mesh.rank() == 0,
+    )
+
+    say(install_loss(model, config.train.loss))
+    if config.balance.aux_loss_coef is not None:
+        say(set_aux_loss(model, config.balance.aux_loss_coef / config.train.grad_accum))
+    set_gate(model, config.balance.gate)
+    stats = LoadStats.attach(model)
+    checkpoint_activations(model, config.model.activation_checkpointing)
+    optimizer = build_optimizer(model, config.optim)
+    return Run(
+        config=config,
+        device=device,
+        model=model,
+        tokenizer=tokenizer,
+        data=data,
+        optimizer=optimizer,
+        scheduler=build_scheduler(optimizer, config.optim, config.train.steps),
+        stats=stats,
+        bias_update=BiasUpdate(model, config.balance.bias_update_rate, stats) if config.balance.bias_update_rate else None,
+        guard=Guard(output_dir, mesh.rank(), hang_seconds=config.parallel.timeout_seconds),
+        metrics=Metrics(config.metrics, output_dir, mesh.rank(), config.train.steps),
+    )
+
+
+def start_process_group(config: RunConfig) -> torch.device:
+    """Join the other ranks, if there are any; this rank's device."""
+    device = mesh.device()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if mesh.world_size() > 1 and not dist.is_initialized():
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo",
+            timeout=timedelta(seconds=config.parallel.timeout_seconds),
+            device_id=device if device.type == "cuda" else None,
+        )
+    return device
+
+
+def build_model(config: RunConfig) -> PreTrainedModel:
+    """The model, sharded over the world, in training mode."""
+    kwargs: dict[str, Any] = {"dtype": DTYPES[config.model.dtype], "trust_remote_code": config.model.trust_remote_code}
+    if config.model.attn_implementation is not None:
+        kwargs["attn_implementation"] = config.model.attn_implementation
+    if config.model.experts != "auto":
+        kwargs["experts_implementation"] = config.model.experts
+    world = mesh.world_size()
+    if world > 1:
+        parallel = config.parallel
+        dispatch = ep_implementation(config.model.dispatch)
+        kwargs["distributed_config"] = mesh.layout(world, parallel.ep_size, parallel.dp_replicate_size, dispatch)
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(config.model.path, **kwargs)
+    if world == 1:
+        model.to(mesh.device())
+    return model.train()
+
+
+def count_labels(batch: dict[str, Tensor]) -> int:
+    """Tokens that carry loss: the model predicts position i+1 from i, so the first column never does."""
+    return int((batch["labels"][:, 1:] != -100).sum())
+
+
+def memory_bytes() -> int:
+    """Peak allocated on the GPU, or the peak resident set of this process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def barrier() -> None:
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def say(message: str) -> None:
+    if mesh.rank() == 0:
+        logger.info(message)

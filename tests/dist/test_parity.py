@@ -1,0 +1,67 @@
+"""The parity matrix: every family of Transformers with decorated experts, sharded, against plain eager Transformers.
+
+fp32, tiny random models: loss, logits, every gradient, the gradient norm, clipped gradients, and load -> save.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from moetrain.families import UNSUPPORTED
+from tests.families import FAMILIES
+from tests.parity import Parity, parity_of_families
+from tests.ranks import run_ranks
+
+TOLERANCE = 1e-5
+SUPPORTED = [name for name in FAMILIES if name not in UNSUPPORTED]
+SOME = [name for name in ("qwen3_moe", "gpt_oss", "nemotron_h+latent", "deepseek_v3", "mixtral") if name in SUPPORTED]
+LAYOUTS: dict[str, tuple[dict[str, Any], list[str]]] = {
+    "ep2": ({"fsdp_size": 2, "ep_size": 2}, SUPPORTED),
+    "ep2_efsdp2": ({"fsdp_size": 4, "ep_size": 2}, SUPPORTED),
+    "ep4": ({"fsdp_size": 4, "ep_size": 4}, SOME),
+    "ep2_replicas2": ({"dp_replicate_size": 2, "fsdp_size": 2, "ep_size": 2}, SOME),
+    "fsdp2": ({"fsdp_size": 2}, SOME),
+    "ep4_efsdp2": ({"fsdp_size": 8, "ep_size": 4}, SOME),
+}
+
+
+def _world(layout: dict[str, Any]) -> int:
+    return int(layout["fsdp_size"]) * int(layout.get("dp_replicate_size", 1))
+
+
+@pytest.fixture(scope="module")
+def matrix(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[str, Parity]]:
+    """All families of a layout in one group of processes, run when the first of them is asked for."""
+    done: dict[str, dict[str, Parity]] = {}
+
+    def run(name: str) -> dict[str, Parity]:
+        if name not in done:
+            layout, families = LAYOUTS[name]
+            folder = str(tmp_path_factory.mktemp(name))
+            done[name] = run_ranks(parity_of_families, _world(layout), families, layout, folder, timeout=1500)[0]
+        return done[name]
+
+    return run
+
+
+CASES = [
+    pytest.param(name, family, id=f"{name}-{family}", marks=[pytest.mark.slow] if _world(layout) > 4 else [])
+    for name, (layout, families) in LAYOUTS.items()
+    for family in families
+]
+
+
+@pytest.mark.parametrize(("layout", "family"), CASES)
+def test_parity(matrix: Callable[[str], dict[str, Parity]], layout: str, family: str) -> None:
+    result = matrix(layout)[family]
+    assert result.error is None, result.error
+    assert result.loss < TOLERANCE
+    assert result.logits < TOLERANCE
+    assert not result.missing_gradients
+    assert result.gradients < TOLERANCE, result.worst_gradient
+    assert result.norm < TOLERANCE
+    assert result.same_keys
+    assert result.same_weights

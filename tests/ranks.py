@@ -1,0 +1,86 @@
+"""Run a function on several ranks of one machine with gloo, for tests."""
+
+from __future__ import annotations
+
+import os
+import queue
+import socket
+import time
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+
+def free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        port: int = sock.getsockname()[1]
+        return port
+
+
+def _rank_main(rank: int, world_size: int, port: int, fn: Callable[..., Any], args: tuple[Any, ...], out: Any) -> None:
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        LOCAL_WORLD_SIZE=str(world_size),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+    )
+    torch.set_num_threads(1)
+    try:
+        dist.init_process_group("gloo", rank=rank, world_size=world_size, timeout=timedelta(seconds=120))
+        out.put((rank, fn(rank, world_size, *args), None))
+        dist.barrier()
+        dist.destroy_process_group()
+    except BaseException:
+        out.put((rank, None, traceback.format_exc()))
+        raise SystemExit(1) from None
+
+
+def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout: float = 300.0) -> list[Any]:
+    """Call `fn(rank, world_size, *args)` on `world_size` fresh processes joined by gloo; the results in rank order.
+
+    `fn` is a top-level function; its result must be picklable (tensors go as they are).
+
+    Raises:
+        AssertionError: a rank raised; the message holds its traceback.
+        TimeoutError: the ranks did not finish within `timeout` seconds.
+    """
+    context = mp.get_context("spawn")
+    out = context.Queue()
+    port = free_port()
+    processes = [
+        context.Process(target=_rank_main, args=(rank, world_size, port, fn, args, out), daemon=True)
+        for rank in range(world_size)
+    ]
+    for process in processes:
+        process.start()
+    results: dict[int, Any] = {}
+    deadline = time.monotonic() + timeout
+    try:
+        while len(results) < world_size:
+            try:
+                rank, value, error = out.get(timeout=1.0)
+            except queue.Empty:
+                dead = [r for r, p in enumerate(processes) if not p.is_alive() and r not in results]
+                if dead and out.empty():
+                    raise AssertionError(f"ranks {dead} died without a word") from None
+                if time.monotonic() > deadline:
+                    raise TimeoutError(f"ranks did not finish in {timeout} s") from None
+                continue
+            if error is not None:
+                raise AssertionError(f"rank {rank} failed:\n{error}")
+            results[rank] = value
+    finally:
+        if len(results) < world_size:
+            for process in processes:
+                process.kill()
+        for process in processes:
+            process.join(timeout=30)
+    return [results[rank] for rank in range(world_size)]
