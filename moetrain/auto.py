@@ -23,6 +23,7 @@ from transformers.distributed import DistributedConfig
 
 from moetrain import families
 from moetrain.checkpoint import Dropped, find_dropped, save_hf
+from moetrain.checkpoint.concatenated import reread_concatenated
 from moetrain.mesh import rank
 from moetrain.moe.layer import NAME, register
 from moetrain.parallelize import parallelize, without_expert_parallelism
@@ -58,6 +59,13 @@ class _Prepared:
             return super(_Prepared, cls).maybe_distribute_model(model, distributed_config, mesh)  # type: ignore[misc]
 
         return parallelize(model, distributed_config, apply)
+
+    @staticmethod
+    def _load_pretrained_model(model: Any, state_dict: Any, files: list[str] | None, load_config: Any) -> Any:
+        result = PreTrainedModel._load_pretrained_model(model, state_dict, files, load_config)
+        if files and getattr(model, "_mesh_manager", None) is not None:
+            reread_concatenated(model, files, load_config.weight_mapping)
+        return result
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         """Transformers' `save_pretrained`; a sharded model is written by all ranks, each its own part, and every rank
@@ -170,7 +178,18 @@ def finish(model: nn.Module, experts_implementation: str | None = None) -> None:
         _apply_liger(model)
     elif experts_implementation is None:
         model.set_experts_implementation(NAME)
-    families.correct_after_load(model)
+    correct_time_step_limit(model)
+
+
+def correct_time_step_limit(model: nn.Module) -> None:
+    """Mamba-2 layers clamp their time step to the configuration's `time_step_limit`. Nemotron-H's class of
+    Transformers 5.23 takes `(time_step_min, inf)` instead, which moves its outputs away from the published model's
+    (huggingface/transformers#48989: KL 0.034 instead of 0.003)."""
+    limit = getattr(model.config, "time_step_limit", None)
+    if limit is not None:
+        for module in model.modules():
+            if hasattr(module, "time_step_limit"):
+                module.time_step_limit = tuple(limit)
 
 
 def _say(message: str) -> None:

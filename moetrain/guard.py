@@ -14,80 +14,71 @@ import threading
 import time
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING
 
-import torch
-import torch.distributed as dist
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 BEAT_SECONDS = 2.0
 """At most one heartbeat file a rank in this time: 128 ranks may share one file system."""
-_TIME_IS_UP = signal.NSIG
-"""Beside the signal numbers, the code that ranks agree on when `max_minutes` have passed."""
-
-
-class NonFiniteError(ValueError):
-    """The loss or the gradient norm of a step is NaN or infinite."""
+_TIMED_OUT = 1
+"""What ranks agree on: 0 goes on, 1 (SIGHUP's number, which is not ours) is out of time, else the signal's number."""
 
 
 class Guard:
-    """Watches one rank of a run, as a context manager around the training loop.
+    """Watches one rank of a run from its construction, which must be in the main thread, to `close`.
 
     Args:
         output_dir: heartbeat and hang files go here; it must exist.
         rank: this process.
         hang_seconds: without a heartbeat for this long, every thread's stack is written to `hang-rank-N.txt`.
             Choose less than the timeout of the collectives, which ends the process.
-        max_minutes: request a stop after this long; None never does.
     """
 
-    def __init__(
-        self, output_dir: str | Path, rank: int, hang_seconds: float = 300.0, max_minutes: float | None = None
-    ) -> None:
+    signalled: str | None = None
+    """Name of the signal that `should_stop` agreed on, the same on all ranks; None if it has not."""
+
+    def __init__(self, output_dir: str | Path, rank: int, hang_seconds: float = 300.0) -> None:
         self.heartbeat_file = Path(output_dir) / f"heartbeat-rank-{rank}.json"
         self.hang_file = Path(output_dir) / f"hang-rank-{rank}.txt"
         self._rank = rank
         self._hang_seconds = hang_seconds
-        self._deadline = None if max_minutes is None else time.monotonic() + 60 * max_minutes
         self._signum = 0
         self._last_beat = time.monotonic()
         self._last_write = -math.inf
         self._closed = threading.Event()
-        self._previous: dict[int, Any] = {}
+        self._previous = {signum: signal.signal(signum, self._on_signal) for signum in STOP_SIGNALS}
         self._watchdog = threading.Thread(target=self._watch, name="moetrain-watchdog", daemon=True)
-
-    def __enter__(self) -> Guard:
-        for signum in STOP_SIGNALS:
-            self._previous[signum] = signal.signal(signum, self._on_signal)
-        self._last_beat = time.monotonic()
         self._watchdog.start()
-        return self
 
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
+        """Stop watching and give the signals back."""
         self._closed.set()
         self._watchdog.join()
         for signum, handler in self._previous.items():
             signal.signal(signum, handler)
 
-    def should_stop(self, group: dist.ProcessGroup | None = None) -> str | None:
-        """Why to stop after this step, or None. The ranks of `group` (None: all) get the same answer at the same step.
+    def should_stop(self, timed_out: bool = False, group: ProcessGroup | None = None) -> bool:
+        """Whether to stop after this step: a signal came, or a rank is `timed_out`.
 
-        A signal may reach one rank or all of them, and clocks differ: one all-reduce of one int32 settles it. Without
-        a process group the rank answers alone.
+        A signal may reach one rank or all of them, and clocks differ: one all-reduce of one int32 over `group` (None:
+        all ranks) gives every rank the same answer at the same step. Without a process group the rank answers alone.
         """
-        code = self._signum
-        if code == 0 and self._deadline is not None and time.monotonic() >= self._deadline:
-            code = _TIME_IS_UP
+        import torch  # here, because the launcher checks the output directory and has no use for torch
+        import torch.distributed as dist
+
+        code = self._signum or (_TIMED_OUT if timed_out else 0)
         if dist.is_initialized():
             on_cpu = "cpu" in dist.get_backend_config(group)
             flag = torch.tensor(code, dtype=torch.int32, device="cpu" if on_cpu else "cuda")
             dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=group)
             code = int(flag.item())
-        if code == 0:
-            return None
-        return "train.max_minutes have passed" if code == _TIME_IS_UP else signal.Signals(code).name
+        if code > _TIMED_OUT:
+            self.signalled = signal.Signals(code).name
+        return code > 0
 
-    def heartbeat(self, step: int, phase: str = "train") -> None:
+    def beat(self, step: int, phase: str = "train") -> None:
         """Say that this rank is alive; cheap enough for every step and micro-batch."""
         now = self._last_beat = time.monotonic()
         if now - self._last_write < BEAT_SECONDS:
@@ -98,6 +89,24 @@ class Guard:
         with contextlib.suppress(OSError):  # a disk that is full for a moment must not end training here
             temporary.write_text(json.dumps(record) + "\n", encoding="utf-8")
             os.replace(temporary, self.heartbeat_file)
+
+    def check_finite(self, step: int, loss: float, grad_norm: float) -> None:
+        """Stop before the optimizer touches the parameters when a step's numbers are no numbers.
+
+        Args:
+            loss, grad_norm: of all ranks together, so that every rank stops.
+
+        Raises:
+            FloatingPointError: names the step and the value.
+        """
+        values = (("loss", loss), ("gradient norm", grad_norm))
+        bad = [f"the {name} is {value}" for name, value in values if not math.isfinite(value)]
+        if bad:
+            raise FloatingPointError(
+                f"step {step}: {' and '.join(bad)}. Stopped before the optimizer's update: the checkpoints written so "
+                "far are whole. Usual remedies: a lower optim.lr, more optim.warmup_steps, optim.max_grad_norm, "
+                "model.dtype=float32 to find the place, or a look at this step's data"
+            )
 
     def _on_signal(self, signum: int, _frame: FrameType | None) -> None:
         self._signum = signum
@@ -122,21 +131,6 @@ class Guard:
                 file=sys.stderr,
                 flush=True,
             )
-
-
-def check_finite(step: int, loss: float, grad_norm: float) -> None:
-    """Stop before the optimizer touches the parameters when a step's numbers are no numbers.
-
-    Raises:
-        NonFiniteError: names the step and the value. It must be called with values that are equal on all ranks.
-    """
-    bad = [f"{name} is {value}" for name, value in (("loss", loss), ("gradient norm", grad_norm)) if not math.isfinite(value)]
-    if bad:
-        raise NonFiniteError(
-            f"step {step}: {' and '.join(bad)}. The run stopped before the optimizer's update; the parameters and the "
-            "checkpoints written so far are as they were. Usual remedies: a lower optim.lr, more optim.warmup_steps, "
-            "optim.max_grad_norm, model.dtype=float32 to find the place, or a look at the data of this step."
-        )
 
 
 def check_writable(output_dir: str | Path, needed_bytes: int = 0) -> None:

@@ -14,7 +14,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
 
-from moetrain.config import load_config
+from moetrain.config import RunConfig, load_config
+from moetrain.guard import check_writable
+from moetrain.metrics import FILE_NAME
+from moetrain.report import CONFIG_FILE, config_yaml, write_report
 
 POLL_SECONDS = 0.05
 OWN_EXIT_SECONDS = 3.0
@@ -22,6 +25,8 @@ OWN_EXIT_SECONDS = 3.0
 TERM_SECONDS = 5.0
 """From SIGTERM to SIGKILL for ranks that outlive a dead one."""
 TAIL_LINES = 25
+USER_ERROR = 2
+"""Exit code of a rank that has told the user what to mend."""
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
@@ -29,23 +34,45 @@ def launch(config_path: str, overrides: Sequence[str] = (), processes: int | Non
     """Train as the configuration says; returns the exit code for the shell.
 
     Where RANK and WORLD_SIZE are set (torchrun, Slurm) this process is one rank. Otherwise `processes` ranks start
-    on this machine: the argument, else `parallel.processes`, else one a GPU, else one.
+    on this machine: the argument, else `parallel.processes`, else one a GPU, else one. At the end rank 0 writes the
+    report and names the files.
 
     Raises:
-        ValueError: the configuration is wrong.
+        ValueError: the configuration is wrong, or its output directory cannot be written.
     """
     config = load_config(config_path, list(overrides))
-    inside_launcher = "RANK" in os.environ and "WORLD_SIZE" in os.environ
-    if not inside_launcher:
-        processes = processes or config.parallel.processes or _gpu_count() or 1
+    if not is_rank():
+        check_writable(config.output_dir)
+        processes = processes or num_processes(config)
         if processes > 1:
             command = [sys.executable, "-m", "moetrain", "train", config_path, *overrides]
             return run_local(command, processes, Path(config.output_dir) / "logs")
         os.environ.update(rank_environment(0, 1, free_port()))
+    leader = os.environ["RANK"] == "0"
+    if leader:
+        check_writable(config.output_dir)
+        (Path(config.output_dir) / CONFIG_FILE).write_text(config_yaml(config), encoding="utf-8")
+
     from moetrain.trainer import train
 
     train(config)
+    if leader:
+        _name_files(Path(config.output_dir), write_report(config.output_dir))
     return 0
+
+
+def is_rank() -> bool:
+    """Whether a launcher, ours or another, has made this process a rank."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def num_processes(config: RunConfig) -> int:
+    """Processes of a run that is started here: as configured, else one a GPU, else one."""
+    if config.parallel.processes is not None:
+        return config.parallel.processes
+    import torch
+
+    return torch.cuda.device_count() or 1
 
 
 def run_local(command: Sequence[str], processes: int, log_dir: Path) -> int:
@@ -96,12 +123,6 @@ def free_port() -> int:
         sock.bind(("127.0.0.1", 0))
         port: int = sock.getsockname()[1]
         return port
-
-
-def _gpu_count() -> int:
-    import torch
-
-    return torch.cuda.device_count()
 
 
 def _start(command: Sequence[str], environment: dict[str, str], log: Path) -> subprocess.Popen[bytes]:
@@ -160,6 +181,8 @@ def _supervise(ranks: list[subprocess.Popen[bytes]], received: list[int], log_di
 
 def _report(failed: list[int], codes: list[int | None], log_dir: Path) -> None:
     """Say who died first and how, with the end of its log; rank 0 has already written to this terminal."""
+    if codes[0] == USER_ERROR:
+        return
     for rank in failed:
         code = codes[rank]
         assert code is not None
@@ -199,6 +222,23 @@ def _wait(ranks: list[subprocess.Popen[bytes]], seconds: float) -> None:
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline and any(rank.poll() is None for rank in ranks):
         time.sleep(POLL_SECONDS)
+
+
+def _name_files(output_dir: Path, page: Path) -> None:
+    """Print what the run has left, one line a thing."""
+    contents = {
+        "model": "checkpoint in Hugging Face format",
+        "checkpoints": "training checkpoints, to resume from",
+        FILE_NAME: "one record a step",
+        "run.png": "the run as a picture",
+        page.name: "the run as a page",
+        CONFIG_FILE: "the whole configuration",
+        "logs": "output of the other ranks",
+    }
+    print(f"\nfiles in {output_dir}:")
+    for name, what in contents.items():
+        if (output_dir / name).exists():
+            print(f"  {name:<14} {what}", flush=True)
 
 
 def _say(text: str) -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, start_http_server
+from rich import get_console
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
@@ -81,16 +82,14 @@ class EvalRecord:
 class Metrics:
     """Takes one record a step on every rank.
 
-    Rank 0 writes the console and `output_dir/metrics.jsonl`. Each rank serves its own Prometheus endpoint if
-    `config.prometheus_port` is set; rank 0's has the values of the whole run, every rank's its own times and memory,
-    so that a sum over ranks means something.
+    Rank 0 writes the console and `output_dir/metrics.jsonl`, from the first record on. Each rank serves its own
+    Prometheus endpoint if `config.prometheus_port` is set; rank 0's has the values of the whole run, every rank's its
+    own times and memory, so that a sum over ranks means something.
 
     Args:
-        start_step: steps that are done already. Later ones in metrics.jsonl are dropped (they will be made again);
-            0 starts a new file and keeps one that holds steps under another name.
         run: name in the Prometheus labels; None takes the last part of `output_dir`.
         info: what a report may want to know of the run, such as `vocab_size`; JSON values.
-        console: where rank 0 prints; None is standard output.
+        console: where rank 0 prints; None is rich's global one, on standard output.
 
     Raises:
         ValueError: the Prometheus port is in use.
@@ -103,54 +102,76 @@ class Metrics:
         rank: int,
         total_steps: int,
         *,
-        start_step: int = 0,
         run: str | None = None,
         info: Mapping[str, Any] | None = None,
         console: Console | None = None,
     ) -> None:
-        run = run or Path(output_dir).resolve().name
-        self.prometheus = Prometheus(config, run, rank) if config.prometheus_port is not None else None
-        self.console = ConsoleLog(console or Console(quiet=rank != 0), total_steps, start_step, config.log_every)
+        self._config = config
+        self._path = Path(output_dir) / FILE_NAME
+        self._run = run or self._path.resolve().parent.name
+        self._total_steps = total_steps
+        self._info = info or {}
+        self._console = console or get_console()
+        self._start_step = 0
+        self._eval_steps: set[int] = set()
         self._file: TextIO | None = None
-        if rank == 0:
-            path = Path(output_dir) / FILE_NAME
-            self._eval_steps = _continue_file(path, start_step)
-            self._file = path.open("a", encoding="utf-8")
-            self._write("run", {"run": run, "total_steps": total_steps, "start_step": start_step, **(info or {})})
+        self._log: ConsoleLog | None = None
+        self._writes = rank == 0
+        self.prometheus = Prometheus(config, self._run, rank) if config.prometheus_port is not None else None
         if self.prometheus is not None:
-            self.say(f"Prometheus metrics on port {self.prometheus.port}, for each rank r on {config.prometheus_host}")
+            self.say(f"Prometheus endpoint at http://{config.prometheus_host}:{self.prometheus.port}/metrics")
+
+    def resume(self, step: int) -> None:
+        """Continue after `step`, before the first record: later steps in metrics.jsonl are dropped, as they will be
+        made again. Without this call a new file is started, and one that holds steps is kept under another name."""
+        assert self._file is None
+        self._start_step = step
 
     def step(self, record: StepRecord) -> None:
         """Publish a step. Call it on all ranks."""
         if self.prometheus is not None:
             self.prometheus.step(record)
-        if self._file is not None:
+        if self._writes:
             self._write("step", asdict(record))
-        self.console.step(record)
+            self._console_log().step(record)
 
     def eval(self, record: EvalRecord) -> None:
         """Publish an evaluation. Call it on all ranks. One that a resumed run repeats is not written twice."""
         if self.prometheus is not None:
             self.prometheus.eval(record)
-        if self._file is not None and record.step not in self._eval_steps:
-            self._eval_steps.add(record.step)
+        if self._writes:
             self._write("eval", asdict(record))
-        self.console.eval(record)
+            self._console_log().eval(record)
 
     def say(self, text: str) -> None:
         """Print a line above the progress bar, on rank 0."""
-        self.console.say(text)
+        if self._writes:
+            self._console.print(Text(text), soft_wrap=True)
 
     def close(self) -> None:
         """Stop the progress bar, close file and endpoint."""
-        self.console.close()
+        if self._log is not None:
+            self._log.close()
         if self._file is not None:
             self._file.close()
         if self.prometheus is not None:
             self.prometheus.close()
 
+    def _console_log(self) -> ConsoleLog:
+        if self._log is None:
+            self._log = ConsoleLog(self._console, self._total_steps, self._start_step, self._config.log_every)
+        return self._log
+
     def _write(self, kind: str, record: Mapping[str, Any]) -> None:
-        assert self._file is not None
+        if self._file is None:
+            self._eval_steps = _continue_file(self._path, self._start_step)
+            self._file = self._path.open("a", encoding="utf-8")
+            about = {"run": self._run, "total_steps": self._total_steps, "start_step": self._start_step}
+            self._write("run", {**about, **self._info})
+        if kind == "eval":
+            if record["step"] in self._eval_steps:
+                return
+            self._eval_steps.add(record["step"])
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
         self._file.write(json.dumps({"kind": kind, "time": round(time.time(), 3), **finite}, allow_nan=False) + "\n")
         self._file.flush()
@@ -191,7 +212,7 @@ class ConsoleLog:
             ("-", "") if balance is None else (f"{balance:.2f}", "red" if balance > IMBALANCE_TO_NOTICE else ""),
             (bytes_text(record.memory_bytes), ""),
             (f"{record.lr:.2e}", "dim"),
-            (f"{record.grad_norm:.3g}", "dim"),
+            (f"{record.grad_norm:#.3g}", "dim"),
         )
 
     def eval(self, record: EvalRecord) -> None:
@@ -200,9 +221,6 @@ class ConsoleLog:
             (f"{record.loss:.4f}", "bold green"),
             (f"  validation loss, {record.tokens:,} tokens", "green"),
         )
-
-    def say(self, text: str) -> None:
-        self._console.print(Text(text), soft_wrap=True)
 
     def close(self) -> None:
         self._progress.stop()
@@ -229,13 +247,19 @@ class Prometheus:
             return Gauge(f"moetrain_{name}", text, names, registry=registry).labels(*labels)
 
         self._step_seconds = Histogram(
-            "moetrain_step_duration_seconds", "Duration of steps", names, buckets=STEP_SECONDS_BUCKETS, registry=registry
+            "moetrain_step_duration_seconds",
+            "Duration of steps",
+            names,
+            buckets=STEP_SECONDS_BUCKETS,
+            registry=registry,
         ).labels(*labels)
         self._memory = gauge("memory_bytes", "Peak allocated on the GPU, or resident set")
         self._last_step = gauge("last_step_timestamp_seconds", "Unix time at the end of the newest step")
         self._whole_run = rank == 0
         if self._whole_run:
-            self._tokens = Counter("moetrain_tokens", "Label tokens trained on", names, registry=registry).labels(*labels)
+            self._tokens = Counter("moetrain_tokens", "Label tokens trained on", names, registry=registry).labels(
+                *labels
+            )
             self._step = gauge("step", "Optimizer steps done")
             self._loss = gauge("loss", "Training loss of the newest step, nats a token")
             self._validation_loss = gauge("validation_loss", "Loss of the newest evaluation, nats a token")
@@ -250,8 +274,8 @@ class Prometheus:
         except (OSError, OverflowError) as error:
             raise ValueError(
                 f"rank {rank} cannot serve Prometheus metrics on {config.prometheus_host} port {port}: {error}. Set "
-                "metrics.prometheus_port to the first of as many free ports as there are ranks, to 0 for any free ones, "
-                "or leave it out"
+                "metrics.prometheus_port to the first of as many free ports as there are ranks, or to 0 for any free "
+                "ones, or leave it out"
             ) from error
         self.port: int = self._server.server_port
 

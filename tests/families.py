@@ -80,7 +80,8 @@ def tiny(model_type: str, **overrides: Any) -> PretrainedConfig:
 
 def composite(model_type: str, text_config: PretrainedConfig, **parts: Any) -> PretrainedConfig:
     """A multimodal configuration around a tiny text part; the causal-LM class builds the text part alone."""
-    return CONFIG_MAPPING[model_type](text_config=text_config, **parts)
+    config: PretrainedConfig = CONFIG_MAPPING[model_type].from_dict({"text_config": text_config, **parts})
+    return config
 
 
 SLIDING = {"layer_types": ["sliding_attention", "full_attention"]}
@@ -171,8 +172,6 @@ FAMILIES: dict[str, Callable[[], PretrainedConfig]] = {
         partial_rotary_factor=0.5,
         o_groups=2,
         o_lora_rank=8,
-        hc_mult=2,
-        hc_sinkhorn_iters=4,
         **INDEXER,
     ),
     "dots1": lambda: tiny("dots1"),
@@ -272,12 +271,14 @@ def build(family: str, seed: int = 0, **from_config: Any) -> PreTrainedModel:
 def randomize(model: PreTrainedModel) -> None:
     """Draw matrices and decay rates anew, and move vectors and correction biases away from their initial values."""
     for name, parameter in model.named_parameters():
-        # Decay rates start as log(1..16): states that vanish within a token and gradients lost to rounding.
+        # Zaya's three-layer router and hyper-connections ("hc") hardly tell one token from another at 0.1: all tokens
+        # choose one expert, and gradients of 1e-5 of their neighbours' drown in rounding.
+        std = 0.3 if "router_mlp" in name else 0.2 if "hc" in name else 0.1
+        # Decay rates start as log(1..16): states that vanish within a token, and gradients with them.
         if parameter.ndim > 1 or name.endswith("A_log"):
-            # Three matrices in a row (zaya's router) need more to tell one token from another.
-            parameter.normal_(std=0.3 if "router_mlp" in name else 0.1)
+            parameter.normal_(std=std)
         else:
-            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+            parameter.add_(torch.randn_like(parameter), alpha=std)
     for name, buffer in model.named_buffers():
         if name.endswith("tid2eid"):  # experts by token id, all 0 until loaded: draw distinct ones for each token
             buffer.copy_(torch.rand(len(buffer), EXPERTS).argsort(dim=-1)[:, : buffer.shape[1]])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
@@ -13,8 +14,8 @@ except ImportError:
     triton = None
     tl = None
 
-INTERPRETED = False
-"""True while the tests run the kernels under Triton's interpreter, on CPU tensors."""
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+"""Triton's own switch, read when it is imported: the kernels then run in Python, on CPU tensors too."""
 
 
 def jit(function: Any) -> Any:

@@ -31,8 +31,14 @@ class Activation(NamedTuple):
     limit: float = math.inf
     up_shift: float = 0.0
 
-    def width(self, intermediate: int) -> int:
-        return 2 * intermediate if self.gated else intermediate
+    def key(self) -> str:
+        """The activation as a string, which a torch operator can take; `parse` reads it back."""
+        return ",".join(str(value) for value in (self.kind, int(self.gated), int(self.interleaved), *self[3:]))
+
+    @classmethod
+    def parse(cls, key: str) -> Activation:
+        kind, gated, interleaved, *numbers = key.split(",")
+        return cls(kind, gated == "1", interleaved == "1", *(float(number) for number in numbers))
 
 
 def recognise_activation(module: torch.nn.Module) -> Activation | None:
@@ -70,14 +76,21 @@ def gated_activation_ref(
     activation: Activation,
 ) -> torch.Tensor:
     """`gated_activation` in plain torch, differentiable; rows past the last are zero."""
+    values_RG, used_R1 = _up_values(up_RG, offsets_E, bias_EG)
+    act_RI = _apply(values_RG, activation) * weights_R.to(values_RG.dtype)[:, None]
+    return act_RI.masked_fill(~used_R1, 0.0).to(up_RG.dtype)
+
+
+def _up_values(
+    up_RG: torch.Tensor, offsets_E: torch.Tensor, bias_EG: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """up + bias in at least fp32, zero in rows past the last, and which rows are not past it [R, 1]."""
     rows = torch.arange(up_RG.shape[0], device=up_RG.device)
     used_R1 = (rows < offsets_E[-1])[:, None]
-    dtype = torch.promote_types(up_RG.dtype, torch.float32)
-    values_RG = up_RG.to(dtype).masked_fill(~used_R1, 0.0)
+    values_RG = up_RG.to(torch.promote_types(up_RG.dtype, torch.float32))
     if bias_EG is not None:
-        values_RG = values_RG + bias_EG.to(dtype)[row_experts(offsets_E, up_RG.shape[0])]
-    act_RI = _apply(values_RG, activation) * weights_R.to(dtype)[:, None]
-    return act_RI.masked_fill(~used_R1, 0.0).to(up_RG.dtype)
+        values_RG = values_RG + bias_EG.to(values_RG.dtype)[row_experts(offsets_E, up_RG.shape[0])]
+    return values_RG.masked_fill(~used_R1, 0.0), used_R1
 
 
 def row_experts(offsets_E: torch.Tensor, num_rows: int) -> torch.Tensor:
@@ -144,7 +157,7 @@ def gated_activation_backward(
     again [R, I], which the down projection's weight gradient needs: recomputing it here costs its write, keeping it
     from the forward I numbers a row."""
     if not runs_triton(up_RG) or up_RG.numel() == 0:
-        return _backward_ref(grad_RI, up_RG, weights_R, offsets_E, bias_EG, activation)
+        return gated_activation_backward_ref(grad_RI, up_RG, weights_R, offsets_E, bias_EG, activation)
     num_rows, width = up_RG.shape
     inner = width // 2 if activation.gated else width
     grad_up_RG, out_RI = torch.empty_like(up_RG), up_RG.new_empty(num_rows, inner)
@@ -169,7 +182,7 @@ def gated_activation_backward(
     return grad_up_RG, grad_weights_R, out_RI
 
 
-def _backward_ref(
+def gated_activation_backward_ref(
     grad_RI: torch.Tensor,
     up_RG: torch.Tensor,
     weights_R: torch.Tensor,
@@ -177,12 +190,36 @@ def _backward_ref(
     bias_EG: torch.Tensor | None,
     activation: Activation,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`gated_activation_backward` by autograd through the reference."""
-    with torch.enable_grad():
-        up_RG, weights_R = up_RG.detach().requires_grad_(), weights_R.detach().requires_grad_()
-        out_RI = gated_activation_ref(up_RG, weights_R, offsets_E, bias_EG, activation)
-        grad_up_RG, grad_weights_R = torch.autograd.grad(out_RI, (up_RG, weights_R), grad_RI)
-    return grad_up_RG, grad_weights_R, out_RI.detach()
+    """`gated_activation_backward` in plain torch; rows past the last are zero."""
+    kind, gated, interleaved, alpha, limit, up_shift = activation
+    values_RG, used_R1 = _up_values(up_RG, offsets_E, bias_EG)
+    weights_R1 = weights_R.to(values_RG.dtype)[:, None]
+    grad_RI = grad_RI.to(values_RG.dtype).masked_fill(~used_R1, 0.0)
+    if gated:
+        gate, up = (values_RG[:, ::2], values_RG[:, 1::2]) if interleaved else values_RG.chunk(2, dim=1)
+        value, slope = _nonlinearity_and_slope(gate.clamp(max=limit), kind, alpha)
+        scale = up.clamp(min=-limit, max=limit) + up_shift
+        grad_gate = (grad_RI * weights_R1 * scale * slope).masked_fill(gate > limit, 0.0)
+        grad_up = (grad_RI * weights_R1 * value).masked_fill(up.abs() > limit, 0.0)
+        value = value * scale
+        joined = torch.stack((grad_gate, grad_up), 2).flatten(1) if interleaved else torch.cat((grad_gate, grad_up), 1)
+    else:
+        value, slope = _nonlinearity_and_slope(values_RG, kind, alpha)
+        joined = grad_RI * weights_R1 * slope
+    out_RI = (value * weights_R1).masked_fill(~used_R1, 0.0)
+    return joined.to(up_RG.dtype), (grad_RI * value).sum(1), out_RI.to(up_RG.dtype)
+
+
+def _nonlinearity_and_slope(x: torch.Tensor, kind: str, alpha: float) -> tuple[torch.Tensor, torch.Tensor]:
+    value = _nonlinearity(x, kind, alpha)
+    if kind == "silu":
+        sigma = torch.sigmoid(alpha * x)
+        return value, sigma + alpha * value * (1.0 - sigma)
+    if kind == "relu2":
+        return value, 2.0 * F.relu(x)
+    scale = math.sqrt(2.0 / math.pi)
+    tanh = torch.tanh(scale * (x + 0.044715 * x**3))
+    return value, 0.5 * (1.0 + tanh) + 0.5 * x * (1.0 - tanh**2) * scale * (1.0 + 0.134145 * x**2)
 
 
 def _block(inner: int) -> tuple[int, int, int]:
@@ -223,7 +260,9 @@ def _load_up(  # type: ignore[no-untyped-def]
     """Gate and up tiles in fp32 (both are up without a gate)."""
     if INTERLEAVED:
         at_RI = row_R1 * (2 * inner) + 2 * i_1I
-        pair_RI2 = tl.load(up_RG + at_RI[:, :, None] + tl.arange(0, 2)[None, None, :], mask=mask_RI[:, :, None])
+        pair_RI2 = tl.load(
+            up_RG + at_RI[:, :, None] + tl.arange(0, 2)[None, None, :], mask=mask_RI[:, :, None], other=0.0
+        )
         gate_RI, up_RI = tl.split(pair_RI2.to(tl.float32))
     elif GATED:
         at_RI = row_R1 * (2 * inner) + i_1I

@@ -14,9 +14,7 @@ from moetrain.kernels.routing import Routing
 MAX_BLOCK_H = 2048
 
 
-def permute(
-    x_TH: torch.Tensor, weights_TK: torch.Tensor | None, routing: Routing
-) -> tuple[torch.Tensor, torch.Tensor]:
+def permute(x_TH: torch.Tensor, weights_TK: torch.Tensor | None, routing: Routing) -> tuple[torch.Tensor, torch.Tensor]:
     """Rows [R, H] in expert order, and the routing weight of each row [R] in fp32 (empty without weights).
 
     The backward sums the K rows of a token in fp32, in the order of k: no atomics, the same bits every time.
@@ -63,10 +61,10 @@ def unpermute_reduce_ref(
     return out_TH, weights_R[index_TK].masked_fill(~here_TK, 0.0)
 
 
-@torch.library.custom_op("moetrain::permute", mutates_args=())
-def _permute_op(
+def permute_rows(
     x_TH: torch.Tensor, weights_TK: torch.Tensor | None, row_TK: torch.Tensor, num_rows: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    """`permute` without autograd, from `Routing.row_TK` alone."""
     if not runs_triton(x_TH) or num_rows == 0 or x_TH.numel() == 0:
         return permute_ref(x_TH, weights_TK, row_TK, num_rows)
     x_TH = x_TH.contiguous()
@@ -88,10 +86,10 @@ def _permute_op(
     return rows_RH, weights_R
 
 
-@torch.library.custom_op("moetrain::unpermute_reduce", mutates_args=())
-def _unpermute_reduce_op(
+def sum_rows(
     rows_RH: torch.Tensor, weights_R: torch.Tensor | None, row_TK: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    """`unpermute_reduce` without autograd, and `unpermute_reduce_ref`'s second result."""
     if not runs_triton(rows_RH) or row_TK.numel() == 0 or rows_RH.numel() == 0:
         return unpermute_reduce_ref(rows_RH, weights_R, row_TK)
     rows_RH = rows_RH.contiguous()
@@ -114,6 +112,10 @@ def _unpermute_reduce_op(
     return out_TH, weights_TK
 
 
+_permute_op = torch.library.custom_op("moetrain::permute", permute_rows, mutates_args=())
+_unpermute_reduce_op = torch.library.custom_op("moetrain::unpermute_reduce", sum_rows, mutates_args=())
+
+
 @_permute_op.register_fake
 def _(
     x_TH: torch.Tensor, weights_TK: torch.Tensor | None, row_TK: torch.Tensor, num_rows: int
@@ -123,9 +125,7 @@ def _(
 
 
 @_unpermute_reduce_op.register_fake
-def _(
-    rows_RH: torch.Tensor, weights_R: torch.Tensor | None, row_TK: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _(rows_RH: torch.Tensor, weights_R: torch.Tensor | None, row_TK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     weights_TK = rows_RH.new_empty(row_TK.shape if weights_R is not None else 0, dtype=torch.float32)
     return rows_RH.new_empty(row_TK.shape[0], rows_RH.shape[1]), weights_TK
 

@@ -13,6 +13,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from moetrain.backends.peft import adapted
+
 
 def grouped_mm(rows_RX: Tensor, weight_eXY: Tensor, offsets_e: Tensor) -> Tensor:
     """One matrix product per group of rows: [R, Y]. Rows past the last offset are left unwritten."""
@@ -59,7 +61,7 @@ def _linear(
     offsets_e: Tensor,
     expert_of_row: Tensor | None,
 ) -> Tensor:
-    weight = getattr(experts, name)
+    weight = adapted(experts, name)
     # autocast hands over rows in another type than the weights
     out = mm(rows.to(weight.dtype), weight if experts.is_transposed else weight.transpose(1, 2), offsets_e)
     return out if expert_of_row is None else out + getattr(experts, f"{name}_bias")[expert_of_row]

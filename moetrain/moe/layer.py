@@ -11,6 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from transformers.distributed.expert_parallel import EPImplementation, EPImplementationInterface
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from moetrain.backends.peft import support_sharded_experts
 from moetrain.moe.dispatch import DISPATCHERS, Dispatcher, build_dispatcher
 from moetrain.moe.dispatch.local import LocalDispatcher
 from moetrain.moe.experts import MATMULS, run_experts
@@ -50,6 +51,7 @@ class MoetrainEP(EPImplementation):
     def __init__(self, experts: nn.Module, ep_mesh: DeviceMesh, tp_mesh: DeviceMesh) -> None:
         super().__init__(experts, ep_mesh, tp_mesh)
         self.experts = experts
+        support_sharded_experts(experts, ep_mesh.get_local_rank() * experts.num_experts)
         self.dispatcher = build_dispatcher(self.dispatch, experts.num_experts * ep_mesh.size(), ep_mesh.get_group())
 
     def __call__(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:

@@ -1,0 +1,1 @@
+"""Optional libraries, each behind one small file. None is imported before it is asked for."""

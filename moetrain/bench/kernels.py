@@ -1,0 +1,310 @@
+"""Time, rate and share of the hardware's limit of each kernel of the expert layer, at the shapes of real models.
+
+    python -m moetrain.bench.kernels [--shapes qwen3-30b-a3b ...] [--against transformers] [--json FILE]
+
+Each part is captured in a CUDA graph and replayed, so that the host's launch time is left out; the layer is timed
+eager as well. The limits are measured in the same run: a device copy and a large matrix product.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moetrain.kernels.activation import Activation, gated_activation, gated_activation_backward, recognise_activation
+from moetrain.kernels.experts import ExpertWeights, expert_weights, experts_forward
+from moetrain.kernels.grouped import add_row_bias_, expert_sum, grouped_mm, row_bias_backward
+from moetrain.kernels.permute import permute_rows, sum_rows
+from moetrain.kernels.routing import route_sort
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """One rank's expert layer: `num_experts` are those on this rank, and each token chooses `top_k` of them."""
+
+    model: str
+    tokens: int
+    top_k: int
+    num_experts: int
+    hidden: int
+    intermediate: int
+
+
+SHAPES = {
+    "qwen3-30b-a3b": LayerShape("qwen3_moe", 4096, 8, 128, 2048, 768),
+    "qwen3-30b-a3b-ep8": LayerShape("qwen3_moe", 4096, 8, 16, 2048, 768),
+    "gpt-oss-20b": LayerShape("gpt_oss", 4096, 4, 32, 2880, 2880),
+    "nemotron-3-nano": LayerShape("nemotron_h", 4096, 6, 128, 2688, 1856),
+}
+"""`-ep8`: the rows and experts of a rank when 8 ranks share the model's 128 experts."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table. `rate` is in TFLOP/s or GB/s, `share` its part of the limit measured in the same run."""
+
+    shape: str
+    part: str
+    ms: float
+    rate: float
+    unit: str
+    share: float
+
+
+def bench_kernels(shapes: Sequence[str], against_transformers: bool = False) -> list[Row]:
+    """Measure every part and the whole layer at each of `shapes` (keys of SHAPES) on the current CUDA device."""
+    unknown = sorted(set(shapes) - set(SHAPES))
+    if unknown:
+        raise ValueError(f"unknown shape {unknown[0]!r}; valid: {', '.join(SHAPES)}")
+    if not torch.cuda.is_available():
+        raise ValueError("the kernels are timed on a GPU, and torch sees none")
+    limits = _measure_limits()
+    rows = [Row("limit", part, *values, 1.0) for part, values in limits.items()]
+    for name in shapes:
+        with torch.device("cuda"):
+            module = _experts_module(SHAPES[name])
+        rows += _bench_parts(name, module, limits)
+        rows += _bench_layer(name, module, limits, against_transformers)
+        del module
+        torch.cuda.empty_cache()
+    return rows
+
+
+def graph_milliseconds(fn: Callable[[], Any], calls: int = 10, replays: int = 7) -> float:
+    """Median time of one `fn()` over replays of a CUDA graph that holds `calls` of them."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            fn()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(calls):
+            fn()
+    graph.replay()
+    return statistics.median(_event_milliseconds(graph.replay) for _ in range(replays)) / calls
+
+
+def eager_milliseconds(fn: Callable[[], Any], calls: int = 10, repeats: int = 5) -> float:
+    """Median time of one `fn()` issued by the host, after a warm-up."""
+
+    def many() -> None:
+        for _ in range(calls):
+            fn()
+
+    many()
+    return statistics.median(_event_milliseconds(many) for _ in range(repeats)) / calls
+
+
+def _event_milliseconds(fn: Callable[[], Any]) -> float:
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    fn()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end)
+
+
+def _measure_limits() -> dict[str, tuple[float, float, str]]:
+    """{part: (ms, rate, unit)} of a 2 GiB device copy and an 8192^3 matrix product in bf16."""
+    source = torch.empty(2**30, dtype=torch.bfloat16, device="cuda").normal_()
+    target = torch.empty_like(source)
+    copy_ms = graph_milliseconds(lambda: target.copy_(source))
+    del source, target
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    gemm_ms = graph_milliseconds(lambda: a @ b)
+    return {
+        "copy": (copy_ms, 2 * 2**31 / copy_ms / 1e6, "GB/s"),
+        "gemm 8192": (gemm_ms, 2 * 8192**3 / gemm_ms / 1e9, "TFLOP/s"),
+    }
+
+
+def _experts_module(shape: LayerShape) -> torch.nn.Module:
+    """Transformers' own experts module of the shape, bf16, random weights."""
+    if shape.model == "qwen3_moe":
+        from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeConfig, Qwen3MoeExperts
+
+        config = Qwen3MoeConfig(num_experts=shape.num_experts, moe_intermediate_size=shape.intermediate)
+        config.hidden_size = shape.hidden
+        module = Qwen3MoeExperts(config)
+    elif shape.model == "gpt_oss":
+        from transformers.models.gpt_oss.modeling_gpt_oss import GptOssConfig, GptOssExperts
+
+        module = GptOssExperts(
+            GptOssConfig(
+                num_local_experts=shape.num_experts,
+                hidden_size=shape.hidden,
+                intermediate_size=shape.intermediate,
+            )
+        )
+    else:
+        from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHConfig, NemotronHExperts
+
+        module = NemotronHExperts(
+            NemotronHConfig(
+                n_routed_experts=shape.num_experts,
+                hidden_size=shape.hidden,
+                moe_intermediate_size=shape.intermediate,
+                mlp_hidden_act="relu2",
+            )
+        )
+    for parameter in module.parameters():
+        parameter.data = torch.randn_like(parameter, dtype=torch.bfloat16).mul_(0.02)
+    module.config._experts_implementation = "grouped_mm"
+    return module
+
+
+def _random_inputs(shape: LayerShape) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """x, choices of a random router, their weights, and a gradient of the output."""
+    x = torch.randn(shape.tokens, shape.hidden, device="cuda", dtype=torch.bfloat16)
+    logits = torch.randn(shape.tokens, shape.num_experts, device="cuda")
+    weights, index = logits.softmax(-1).topk(shape.top_k)
+    weights = (weights / weights.sum(-1, keepdim=True)).bfloat16()
+    return x, index, weights, torch.randn_like(x)
+
+
+def _bench_parts(name: str, module: torch.nn.Module, limits: dict[str, tuple[float, float, str]]) -> list[Row]:
+    shape, weights, activation = SHAPES[name], expert_weights(module), recognise_activation_of(module)
+    x, index, top_k_weights, _ = _random_inputs(shape)
+    routing = route_sort(index, shape.num_experts)
+    rows, row_weights = permute_rows(x, top_k_weights, routing.row_TK, index.numel())
+    offsets = routing.offsets_E
+    up_weight, down_weight = (
+        (w if weights.transposed else w.transpose(1, 2)).detach() for w in (weights.up, weights.down)
+    )
+    up = grouped_mm(rows, up_weight, offsets)
+    act = gated_activation(up, row_weights, offsets, weights.up_bias, activation)
+    grad_up, _, _ = gated_activation_backward(act, up, row_weights, offsets, weights.up_bias, activation)
+
+    def memory(part: str, fn: Callable[[], Any], numbers: int) -> Row:
+        ms = graph_milliseconds(fn)
+        rate = 2 * numbers / ms / 1e6
+        return Row(name, part, ms, rate, "GB/s", rate / limits["copy"][1])
+
+    def matrix(part: str, fn: Callable[[], Any], inner: int) -> Row:
+        ms = graph_milliseconds(fn)
+        rate = 2 * index.numel() * shape.hidden * inner / ms / 1e9
+        return Row(name, part, ms, rate, "TFLOP/s", rate / limits["gemm 8192"][1])
+
+    r, t, w, i = rows.numel(), x.numel(), up.numel(), act.numel()
+    width, inner = up.shape[1], act.shape[1]
+
+    def wgrad(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        left, right = (right, left) if weights.transposed else (left, right)
+        return grouped_mm(left.t(), right, offsets)
+
+    table = [
+        memory("route_sort", lambda: route_sort(index, shape.num_experts), 4 * index.numel() + 4 * index.numel()),
+        memory("torch.sort", lambda: torch.sort(index.view(-1)), 4 * index.numel() + 8 * index.numel()),
+        memory("permute", lambda: permute_rows(x, top_k_weights, routing.row_TK, index.numel()), t + r),
+        memory("sum_rows", lambda: sum_rows(rows, None, routing.row_TK), t + r),
+        memory("activation", lambda: gated_activation(up, row_weights, offsets, weights.up_bias, activation), w + i),
+        memory(
+            "activation backward",
+            lambda: gated_activation_backward(act, up, row_weights, offsets, weights.up_bias, activation),
+            2 * w + 2 * i,
+        ),
+        matrix("grouped up", lambda: grouped_mm(rows, up_weight, offsets), width),
+        matrix("grouped down", lambda: grouped_mm(act, down_weight, offsets), inner),
+        matrix("grouped down dgrad", lambda: grouped_mm(rows, down_weight.transpose(1, 2), offsets), inner),
+        matrix("grouped up dgrad", lambda: grouped_mm(grad_up, up_weight.transpose(1, 2), offsets), width),
+        matrix("grouped down wgrad", lambda: wgrad(rows, act), inner),
+        matrix("grouped up wgrad", lambda: wgrad(grad_up, rows), width),
+    ]
+    if weights.down_bias is not None:
+        bias = weights.down_bias.detach()
+        table += [
+            memory("down bias", lambda: add_row_bias_(rows, row_weights, offsets, bias), 2 * r),
+            memory("down bias, weight grad", lambda: row_bias_backward(rows, row_weights, offsets, bias), r),
+            memory("down bias grad", lambda: expert_sum(rows, row_weights, offsets), r),
+            memory("up bias grad", lambda: expert_sum(up, None, offsets), w),
+        ]
+    return table
+
+
+def recognise_activation_of(module: torch.nn.Module) -> Activation:
+    activation = recognise_activation(module)
+    assert activation is not None, f"no fused activation computes what {type(module).__name__} does"
+    return activation
+
+
+def _bench_layer(
+    name: str, module: torch.nn.Module, limits: dict[str, tuple[float, float, str]], against_transformers: bool
+) -> list[Row]:
+    """Forward and backward of the whole layer: eager and as a CUDA graph, ours and Transformers' grouped_mm."""
+    shape, weights, activation = SHAPES[name], expert_weights(module), recognise_activation_of(module)
+    x, index, top_k_weights, grad = _random_inputs(shape)
+    x.requires_grad_()
+    top_k_weights.requires_grad_()
+    leaves = [x, top_k_weights, *(w for w in weights[:4] if w is not None)]
+
+    def ours() -> torch.Tensor:
+        return experts_forward(x, index, top_k_weights, ExpertWeights(*weights), activation)
+
+    def transformers() -> torch.Tensor:
+        return module(x, index, top_k_weights)
+
+    flops = 6 * index.numel() * (weights.up.numel() + weights.down.numel()) / shape.num_experts
+    table = []
+    for system, forward in [("moetrain", ours)] + [("transformers", transformers)] * against_transformers:
+
+        def step(forward: Callable[[], torch.Tensor] = forward) -> None:
+            torch.autograd.grad(forward(), leaves, grad)
+
+        timings = {
+            "layer fwd, graph": graph_milliseconds(lambda forward=forward: forward().detach(), calls=2) * 3,
+            "layer fwd+bwd, graph": graph_milliseconds(step, calls=2),
+            "layer fwd+bwd, eager": eager_milliseconds(step),
+        }
+        timings["layer fwd, graph"] /= 3
+        for part, ms in timings.items():
+            rate = (flops / 3 if part.startswith("layer fwd,") else flops) / ms / 1e9
+            table.append(Row(name, f"{part}, {system}", ms, rate, "TFLOP/s", rate / limits["gemm 8192"][1]))
+        table.append(_memory_row(name, system, forward, step))
+    return table
+
+
+def _memory_row(name: str, system: str, forward: Callable[[], torch.Tensor], step: Callable[[], None]) -> Row:
+    """What the forward leaves for the backward, in MB in the place of a rate."""
+    before = torch.cuda.memory_allocated()
+    out = forward()
+    kept = (torch.cuda.memory_allocated() - before - out.numel() * out.element_size()) / 1e6
+    del out
+    torch.cuda.reset_peak_memory_stats()
+    step()
+    peak = (torch.cuda.max_memory_allocated() - before) / 1e6
+    return Row(name, f"layer kept for backward (of peak), {system}", 0.0, kept, "MB", kept / peak)
+
+
+def format_table(rows: Sequence[Row]) -> str:
+    lines = [f"{'shape':<19}{'part':<48}{'ms':>9}{'rate':>9} {'':<8}{'share':>7}"]
+    for row in rows:
+        lines.append(
+            f"{row.shape:<19}{row.part:<48}{row.ms:>9.4f}{row.rate:>9.0f} {row.unit:<8}{100 * row.share:>6.0f}%"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
+    parser.add_argument("--against", choices=["transformers"])
+    parser.add_argument("--json", type=Path, help="write the rows there as well")
+    args = parser.parse_args()
+    rows = bench_kernels(args.shapes, args.against == "transformers")
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
+    print(format_table(rows))
+    if args.json:
+        args.json.write_text(json.dumps([asdict(row) for row in rows], indent=1), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

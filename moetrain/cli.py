@@ -1,0 +1,252 @@
+"""The command line: `moetrain train | export | data | report | doctor`.
+
+Torch and Transformers are imported by the verbs that need them, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from moetrain.config import RunConfig
+
+USER_ERROR = 2
+INTERRUPTED = 130
+DISK_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb; returns the exit code. What the user can mend is one `error:` block and code 2, no traceback."""
+    args = _parse(argv)
+    try:
+        code: int = args.verb(args)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except Exception as error:
+        if not _users_to_mend(error) or os.environ.get("MOETRAIN_DEBUG"):
+            raise
+        _print_error(error)
+        return USER_ERROR
+    return code
+
+
+def train(args: argparse.Namespace) -> int:
+    from moetrain.config import load_config
+    from moetrain.launcher import launch
+
+    if args.print_config:
+        from moetrain.report import config_yaml
+
+        print(config_yaml(load_config(args.config, args.overrides)), end="")
+        return 0
+    if args.dry_run:
+        from moetrain.dry_run import dry_run
+
+        dry_run(load_config(args.config, args.overrides))
+        return 0
+    _log_to_console()
+    return launch(args.config, args.overrides)
+
+
+def export(args: argparse.Namespace) -> int:
+    from moetrain.checkpoint import export_run
+
+    _log_to_console()
+    export_run(Path(args.checkpoint), Path(args.out))
+    print(f"wrote {args.out}, a checkpoint in Hugging Face format")
+    return 0
+
+
+def data_preview(args: argparse.Namespace) -> int:
+    from rich import get_console
+
+    from moetrain.config import load_config
+    from moetrain.data.preview import preview
+
+    config = load_config(args.config, args.overrides)
+    preview(config, _tokenizer(config), args.rows, get_console())
+    return 0
+
+
+def data_tokenize(args: argparse.Namespace) -> int:
+    from moetrain.config import load_config
+    from moetrain.data import tokenize_to_file
+
+    config = load_config(args.config, args.overrides)
+    tokenize_to_file(config, _tokenizer(config), Path(args.out))
+    return 0
+
+
+def report(args: argparse.Namespace) -> int:
+    from moetrain.report import write_report
+
+    page = write_report(args.run_dir)
+    print(f"wrote {page} and {page.with_name('run.png')}")
+    return 0
+
+
+def doctor(args: argparse.Namespace) -> int:
+    from moetrain.doctor import examine
+
+    return examine(as_json=args.json)
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = _parser()
+    args, rest = parser.parse_known_args(argv)
+    # argparse takes positionals once; overrides may also stand behind an option
+    if rest and "overrides" in args and not any(word.startswith("-") for word in rest):
+        args.overrides += rest
+    elif rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    return args
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="moetrain",
+        description="Fine-tune Mixture-of-Experts models of Transformers with expert parallelism.",
+        epilog="MOETRAIN_DEBUG=1 shows the traceback of an error.",
+    )
+    parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
+    verbs = parser.add_subparsers(title="verbs", required=True, metavar="VERB")
+
+    sub = _verb(
+        verbs,
+        "train",
+        train,
+        "run a training from a YAML file",
+        "moetrain train configs/python_stdlib.yaml",
+        "moetrain train my.yaml optim.lr=2e-5 parallel.ep_size=8",
+        "moetrain train my.yaml --dry-run",
+        "torchrun --nproc-per-node 8 -m moetrain train my.yaml",
+    )
+    _add_config(sub)
+    sub.add_argument("--print-config", action="store_true", help="print the whole configuration with its documentation")
+    sub.add_argument(
+        "--dry-run", action="store_true", help="check configuration, model, data and layout; start nothing"
+    )
+
+    sub = _verb(
+        verbs,
+        "export",
+        export,
+        "turn a training checkpoint into one in Hugging Face format",
+        "moetrain export runs/mine/checkpoints/step-1000 mine-hf",
+    )
+    sub.add_argument("checkpoint", metavar="CHECKPOINT", help="directory of a training checkpoint")
+    sub.add_argument("out", metavar="OUT", help="directory to make")
+
+    data = verbs.add_parser("data", help="look at the training data, or tokenize it").add_subparsers(
+        title="verbs", required=True, metavar="VERB"
+    )
+    sub = _verb(
+        data,
+        "preview",
+        data_preview,
+        "show packed rows, the tokens that carry loss coloured",
+        "moetrain data preview my.yaml --rows 3",
+    )
+    _add_config(sub)
+    sub.add_argument("--rows", type=int, default=1, metavar="N", help="rows to show (default: 1)")
+    sub = _verb(
+        data,
+        "tokenize",
+        data_tokenize,
+        "write the training data as a memory-mapped token file, for a source of format `tokens`",
+        "moetrain data tokenize my.yaml --out corpus.tokens",
+    )
+    _add_config(sub)
+    sub.add_argument("--out", required=True, metavar="FILE", help="file to write")
+
+    sub = _verb(
+        verbs, "report", report, "draw a run, finished or not, as run.png and report.html", "moetrain report runs/mine"
+    )
+    sub.add_argument("run_dir", metavar="RUN_DIR", help="output_dir of the run")
+
+    sub = _verb(
+        verbs,
+        "doctor",
+        doctor,
+        "show versions, GPUs and which backends are usable; code 1 if training cannot run",
+        "moetrain doctor",
+        "moetrain doctor --json",
+    )
+    sub.add_argument("--json", action="store_true", help="for programs")
+    return parser
+
+
+def _verb(
+    verbs: Any, name: str, run: Callable[[argparse.Namespace], int], what: str, *examples: str
+) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = verbs.add_parser(
+        name,
+        help=what,
+        description=what[0].upper() + what[1:] + ".",
+        epilog="examples:\n" + "\n".join(f"  {example}" for example in examples),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(verb=run)
+    return parser
+
+
+def _add_config(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", metavar="CONFIG", help="YAML file of the run")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="a.b=c", help="values that replace the file's, such as optim.lr=1e-5"
+    )
+
+
+class _Version(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        from moetrain import __version__
+
+        print(f"moetrain {__version__}")
+        parser.exit()
+
+
+def _tokenizer(config: RunConfig) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(config.model.path, trust_remote_code=config.model.trust_remote_code)
+
+
+def _users_to_mend(error: Exception) -> bool:
+    """Whether the error is about what the user gave: our ValueErrors, a non-finite step, the disk, the hub."""
+    if isinstance(error, OSError):
+        return error.errno is None or error.errno in DISK_ERRNOS  # Transformers and the hub raise it with a text only
+    return isinstance(error, ValueError | FloatingPointError)
+
+
+def _print_error(error: Exception) -> None:
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console(stderr=True)
+    console.print(Text.assemble(("error: ", "bold red"), (str(error), "red")), soft_wrap=True)
+    if not isinstance(error, FloatingPointError):
+        console.print(Text("MOETRAIN_DEBUG=1 shows where it was raised", "dim"), soft_wrap=True)
+
+
+def _log_to_console() -> None:
+    """Show moetrain's log on the console that also holds the progress bar, so that lines appear above it."""
+    from rich import get_console
+    from rich.text import Text
+
+    class ConsoleHandler(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            style = "yellow" if record.levelno >= logging.WARNING else ""
+            get_console().print(Text(self.format(record), style), soft_wrap=True)
+
+    logger = logging.getLogger("moetrain")
+    logger.setLevel(logging.INFO)
+    logger.addHandler(ConsoleHandler())
+    logger.propagate = False

@@ -1,0 +1,226 @@
+"""Keeping the documents of a packed row apart inside a Transformers model.
+
+What Transformers 5.23 does on its own, and what is missing:
+
+- Softmax attention: a mask is cut at document boundaries when `create_causal_mask` receives `position_ids` that
+  restart, no `attention_mask` and no cache. Some families (gpt_oss, afmoe, granitemoehybrid) do not pass the
+  positions on, so nothing is cut.
+- Flash attention: boundaries are read from `position_ids` for batches of one row only; larger batches need
+  `cu_seq_lens_q` and its companions.
+- Mamba, linear attention and short convolutions: the plain PyTorch paths know no boundaries and refuse `seq_idx`.
+
+`isolate_documents` closes all three from outside the modelling code, with `seq_idx` of the batch as the only input.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import sys
+from collections.abc import Callable
+from contextvars import ContextVar
+from importlib.util import find_spec
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionMaskInterface, PreTrainedModel
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, and_masks
+
+# B rows, S tokens in a row, D hidden size.
+
+# Families whose layers depend on the place in the row in a way that no mask and no cut of a layer undoes.
+_CANNOT_ISOLATE = {
+    "deepseek_v4": "its compressed attention pools windows of the whole row",
+    "minimax_m3_vl": "its sparse attention selects blocks that span documents",
+    "qwen4_exp": "its n-gram embeddings read tokens across documents",
+    "inkling": "its attention scales logits by the position in the row",
+    "inkling2": "its attention scales logits by the position in the row",
+}
+_MASKED_ATTENTION = ("eager", "sdpa", "flex_attention")
+_RECURRENT = ("linear_attention", "conv", "mamba")
+_FLASH_KWARGS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+
+
+class Documents:
+    """Where the documents of the batch in flight lie; shared by the layers of one model."""
+
+    def __init__(self) -> None:
+        self.seq_idx_BS: Tensor | None = None
+        self._spans: list[tuple[int, int, int]] | None = None
+
+    def set(self, seq_idx_BS: Tensor | None) -> None:
+        self.seq_idx_BS = seq_idx_BS
+        self._spans = None
+
+    @property
+    def spans(self) -> list[tuple[int, int, int]]:
+        """(row, first token, one past the last token) of every document, in reading order. Reads the device once."""
+        assert self.seq_idx_BS is not None
+        if self._spans is None:
+            self._spans = [
+                (row, start, end)
+                for row, seq_idx_S in enumerate(self.seq_idx_BS.tolist())
+                for start, end in pairwise(_boundaries(seq_idx_S))
+            ]
+        return self._spans
+
+    def flash_kwargs(self) -> dict[str, Any]:
+        """Cumulative document lengths over the flattened batch (int32), as flash attention takes them."""
+        assert self.seq_idx_BS is not None
+        length = self.seq_idx_BS.shape[1]
+        starts = [row * length + start for row, start, _ in self.spans]
+        cumulative = torch.tensor([*starts, self.seq_idx_BS.numel()], dtype=torch.int32, device=self.seq_idx_BS.device)
+        longest = max(end - start for _, start, end in self.spans)
+        return dict(zip(_FLASH_KWARGS, (cumulative, cumulative, longest, longest), strict=True))
+
+
+def _boundaries(values: list[int]) -> list[int]:
+    return [0, *(i for i in range(1, len(values)) if values[i] != values[i - 1]), len(values)]
+
+
+# The documents of the model whose forward is running: mask functions are looked up by name in a table of
+# Transformers and receive no reference to the model.
+_running: ContextVar[Documents | None] = ContextVar("moetrain_documents", default=None)
+
+
+def packing_support(model: PreTrainedModel) -> str | None:
+    """Why `model` cannot keep the documents of a packed row apart; None when `isolate_documents` makes it exact."""
+    config = model.config.get_text_config()
+    for model_type in (model.config.model_type, config.model_type):
+        if reason := _CANNOT_ISOLATE.get(model_type.removesuffix("_text")):
+            return f"{model_type} cannot keep the documents of a packed row apart: {reason}"
+    attention = config._attn_implementation or "eager"
+    if attention not in _MASKED_ATTENTION and "flash" not in attention:
+        return (
+            f"attn_implementation={attention!r} has no document mask; "
+            f"choose one of {', '.join(_MASKED_ATTENTION)}, flash_attention_2"
+        )
+    kinds = set(getattr(config, "layer_types", None) or []) & set(_RECURRENT)
+    if kinds and not recurrent_mixers(model):
+        return f"{config.model_type} has {', '.join(sorted(kinds))} layers whose modules are not recognised"
+    return None
+
+
+def isolate_documents(model: PreTrainedModel) -> PreTrainedModel:
+    """Make `model` treat every document of a packed row as if it were alone, for batches that carry `seq_idx`.
+
+    After this call `model(input_ids, position_ids, seq_idx)` gives each token the logits and gradients of a forward
+    over its document alone; `seq_idx` is int [B, S], equal inside a document, and `position_ids` restart with each
+    document. A batch without `seq_idx` runs as before. Such a batch must have no `attention_mask`, and runs without
+    a key-value cache. The model is changed in place (hooks and wrapped forwards; no parameters) and returned.
+
+    Recurrent layers (Mamba, linear attention, short convolutions) run once per document. Mamba-2 with the packages
+    `mamba_ssm` and `causal_conv1d` runs once, its kernels read `seq_idx`.
+
+    Raises:
+        ValueError: the family or its attention implementation cannot do it; see `packing_support`.
+    """
+    if reason := packing_support(model):
+        raise ValueError(f"{reason}. Set data.packing=false, or data.document_mask=false to let documents mix")
+    if hasattr(model, "documents_in_flight"):
+        return model
+    documents = Documents()
+    model.documents_in_flight = documents
+    flash = "flash" in (model.config.get_text_config()._attn_implementation or "")
+
+    def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        documents.set(kwargs.pop("seq_idx", None))
+        if documents.seq_idx_BS is not None:
+            if kwargs.get("attention_mask") is not None:
+                raise ValueError("a packed batch has no attention_mask: its rows hold documents, not padding")
+            kwargs["use_cache"] = False  # with a cache Transformers does not look for packed documents
+            if flash:
+                kwargs.update(documents.flash_kwargs())
+        _running.set(documents if documents.seq_idx_BS is not None else None)
+        return args, kwargs
+
+    def leave(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        _running.set(None)  # `documents` itself stays: recomputation in the backward needs it
+
+    model.register_forward_pre_hook(enter, with_kwargs=True)
+    model.register_forward_hook(leave, with_kwargs=True, always_call=True)
+    for mixer in recurrent_mixers(model):
+        mixer.forward = functools.partial(_forward_per_document, mixer, mixer.forward, documents)
+    _mask_by_document()
+    return model
+
+
+def recurrent_mixers(model: nn.Module) -> list[nn.Module]:
+    """Modules that carry state from token to token: they hold a grouped causal convolution or a recurrent state."""
+    return [module for module in model.modules() if _is_recurrent(module)]
+
+
+def _is_recurrent(module: nn.Module) -> bool:
+    if any(isinstance(child, nn.Conv1d) and child.groups > 1 for child in module.children()):
+        return True
+    parameters = inspect.signature(module.forward).parameters
+    linear = getattr(module, "layer_type", None) in _RECURRENT and "past_key_values" in parameters
+    return "hidden_states" in parameters and ("cache_params" in parameters or (linear and not hasattr(module, "mlp")))
+
+
+def _forward_per_document(
+    mixer: nn.Module,
+    forward: Callable[..., Any],
+    documents: Documents,
+    hidden_states: Tensor,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """Run a mixer on each document of `hidden_states` [B, S, D] alone and join the results.
+
+    A mixer returns one tensor, or a tuple; of a tuple, tensors with the axes of the tokens are joined and others
+    (such as a final state, meaningless over several documents) become None.
+    """
+    kwargs = {name: value for name, value in kwargs.items() if name not in _FLASH_KWARGS}
+    if documents.seq_idx_BS is None:
+        return forward(hidden_states, *args, **kwargs)
+    assert hidden_states.shape[:2] == documents.seq_idx_BS.shape, "seq_idx does not belong to this batch"
+    if _kernels_take_seq_idx(mixer):
+        return forward(hidden_states, *args, seq_idx=documents.seq_idx_BS, **kwargs)
+    parts = [forward(hidden_states[row : row + 1, start:end], *args, **kwargs) for row, start, end in documents.spans]
+    if isinstance(parts[0], Tensor):
+        return _join(parts, documents)
+    return tuple(_join(list(column), documents) for column in zip(*parts, strict=True))
+
+
+def _join(parts: list[Any], documents: Documents) -> Tensor | None:
+    """[1, s, ...] of each document -> [B, S, ...]; None for values without the axis of the tokens."""
+    assert documents.seq_idx_BS is not None
+    for part, (_, start, end) in zip(parts, documents.spans, strict=True):
+        if not isinstance(part, Tensor) or part.shape[:2] != (1, end - start):
+            return None
+    return torch.cat(parts, dim=1).unflatten(1, documents.seq_idx_BS.shape).squeeze(0)
+
+
+def _kernels_take_seq_idx(mixer: nn.Module) -> bool:
+    """Mamba-2 on its CUDA kernels. (Mamba-1's scan takes no `seq_idx`, and Transformers drops it without a word.)"""
+    mamba2 = hasattr(sys.modules[type(mixer).__module__], "mamba2_chunk_scan")
+    return mamba2 and find_spec("mamba_ssm") is not None and find_spec("causal_conv1d") is not None
+
+
+def _mask_by_document() -> None:
+    """Let Transformers' mask functions also cut at the documents of the model that is running."""
+    for name in _MASKED_ATTENTION:
+        original = ALL_MASK_ATTENTION_FUNCTIONS[name]
+        if not hasattr(original, "by_document"):
+            wrapped = functools.partial(_document_mask, original)
+            wrapped.by_document = True  # type: ignore[attr-defined]
+            AttentionMaskInterface.register(name, wrapped)
+
+
+def _document_mask(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    documents = _running.get()
+    if documents is None or documents.seq_idx_BS is None:
+        return original(*args, **kwargs)
+    seq_idx_BS = documents.seq_idx_BS
+    if (kwargs["batch_size"], kwargs["q_length"], kwargs["kv_length"]) != (*seq_idx_BS.shape, seq_idx_BS.shape[1]):
+        return original(*args, **kwargs)  # not the mask of the text: an image tower of the same model
+
+    def same_document(batch_idx: Any, head_idx: Any, q_idx: Any, kv_idx: Any) -> Any:
+        return seq_idx_BS[batch_idx, q_idx] == seq_idx_BS[batch_idx, kv_idx]
+
+    kwargs["mask_function"] = and_masks(kwargs["mask_function"], same_document)
+    kwargs["allow_is_causal_skip"] = False
+    return original(*args, **kwargs)

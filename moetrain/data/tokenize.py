@@ -1,0 +1,280 @@
+"""Sources -> token files: encode every document once, ahead of training or at its start."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import re
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from transformers import PreTrainedTokenizerBase
+
+from moetrain.config import DataConfig, Source
+from moetrain.data.chat import ChatEncoder
+from moetrain.data.sources import STDLIB, BadLine, BadLines, InputFile, Record, find_files, read_records, total_bytes
+from moetrain.data.tokens import VERSION, TokenFile, TokenWriter
+
+Encoded = tuple[NDArray[np.int64], NDArray[np.bool_] | None]
+_BATCH_CHARACTERS = 4 << 20  # encoded at a time, over all cores
+_VERIFY_BELOW = 1 << 30  # bytes; larger token files are checked by size and index alone
+
+
+def apply_chat_template_file(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Give the tokenizer the chat template of `data.chat_template`, in place, so that it is saved with the model."""
+    if config.chat_template is None:
+        return
+    path = Path(config.chat_template).expanduser()
+    if not path.is_file():
+        raise ValueError(f"data.chat_template: no such file: {path}")
+    tokenizer.chat_template = path.read_text(encoding="utf-8")
+
+
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, config: Any) -> None:
+    """Raise ValueError when the tokenizer has ids that the model (a Transformers configuration) has no embedding for."""
+    vocab_size = config.get_text_config().vocab_size
+    largest = max(tokenizer.get_vocab().values(), default=-1)
+    if largest >= vocab_size:
+        raise ValueError(
+            f"the tokenizer has ids up to {largest}, the model has {vocab_size} embeddings: this is not the model's "
+            "tokenizer. Use the one saved beside the model"
+        )
+
+
+def training_texts(config: DataConfig) -> Iterator[str]:
+    """The text of all training documents, of chats the contents of their messages; what a new tokenizer learns from."""
+    bad = BadLines(config.on_bad_line)
+    for source in config.train:
+        for file in find_files(source):
+            if file.format == "tokens":
+                raise ValueError(f"data source {file.path} is tokenised already; a new tokenizer needs the text")
+            for record in read_records(file, source, bad):
+                yield record.text if record.text is not None else _chat_text(record.messages)
+
+
+def _chat_text(messages: Any) -> str:
+    contents = [message.get("content") for message in messages if isinstance(message, dict)]
+    return "\n".join(content for content in contents if isinstance(content, str))
+
+
+def open_source(
+    source: Source,
+    config: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    cache_dir: Path,
+    *,
+    first: bool = True,
+    progress: bool = False,
+) -> list[TokenFile]:
+    """The token files of a source; what is not tokenised yet is written to `cache_dir`.
+
+    Any number of processes may call this at once: the first to come tokenises, under a file lock that ends with its
+    process, and the others wait. `first=False` leaves the lead to the process that shows the progress bar.
+
+    Raises:
+        ValueError: no documents, or token files made with another tokenizer.
+    """
+    files = find_files(source)
+    if any(file.format == "tokens" for file in files):
+        return [_open_tokens(file, tokenizer) for file in files]
+    path = cache_dir / f"{_slug(source)}-{_cache_key(source, config, files, tokenizer)}.tokens"
+    if not first and not path.exists():
+        time.sleep(1.0)
+    with _lock(path.with_suffix(".lock")):
+        if not path.exists():
+            tokenize_to_file(source, config, tokenizer, path, progress=progress)
+    return [TokenFile(path)]
+
+
+def tokenize_config(
+    config: DataConfig, tokenizer: PreTrainedTokenizerBase, out_dir: Path, *, progress: bool = True
+) -> list[tuple[Source, Path]]:
+    """Tokenise every source of a configuration to a file in `out_dir`, for use as a source of format `tokens`."""
+    apply_chat_template_file(config, tokenizer)
+    parts = {"train": config.train, "validation": config.validation or []}
+    written = []
+    for part, sources in parts.items():
+        for number, source in enumerate(sources):
+            path = out_dir / f"{part}-{number}-{_slug(source)}.tokens"
+            tokenize_to_file(source, config, tokenizer, path, progress=progress)
+            written.append((source, path))
+    return written
+
+
+def tokenize_to_file(
+    source: Source,
+    config: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    path: Path,
+    *,
+    progress: bool = False,
+    max_tokens: int | None = None,
+) -> TokenFile:
+    """Encode the documents of a source into one token file at `path`, which appears when it is complete.
+
+    Args:
+        max_tokens: stop after the document that reaches this number.
+
+    Raises:
+        ValueError: a bad line under `on_bad_line=fail`, no documents, or a `loss_on` that the source cannot serve.
+    """
+    files = find_files(source)
+    bad = BadLines(config.on_bad_line)
+    records = chain.from_iterable(read_records(file, source, bad) for file in files)
+    head = next(records, None)
+    if head is None:
+        raise ValueError(_nothing(source, files, bad))
+    if config.loss_on == "assistant" and head.messages is None:
+        raise ValueError(f"data.loss_on=assistant needs chats, but {head.origin} is text; use auto or all")
+    encoder = _Encoder(tokenizer, bad, masked=head.messages is not None and config.loss_on != "all")
+    with (
+        TokenWriter(path, vocab_size=len(tokenizer), masked=encoder.masked) as writer,
+        _progress_bar(source, files, progress) as bar,
+    ):
+        for size, documents in encoder.encode(chain([head], records)):
+            for ids, loss in documents:
+                writer.add(ids, loss)
+            bar.update(bar.task_ids[0], advance=size, documents=writer.num_documents, tokens=writer.num_tokens)
+            if max_tokens is not None and writer.num_tokens >= max_tokens:
+                break
+        if writer.num_documents == 0:
+            raise ValueError(_nothing(source, files, bad))
+        writer.commit(
+            {
+                "source": source.path[-300:],
+                "tokenizer": tokenizer_fingerprint(tokenizer),
+                "skipped_lines": bad.count,
+                "first_skipped": (bad.first or "")[:300],
+            }
+        )
+    return TokenFile(path)
+
+
+class _Encoder:
+    """Records -> documents of token ids. Text ends with the end-of-text token; chats follow the chat template."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, bad: BadLines, *, masked: bool) -> None:
+        self.tokenizer = tokenizer
+        self.bad = bad
+        self.masked = masked
+        self._chat: ChatEncoder | None = None
+
+    def encode(self, records: Iterable[Record]) -> Iterator[tuple[float, list[Encoded]]]:
+        """Bytes of input and documents, batch by batch, in the order of the records."""
+        batch: list[Record] = []
+        characters = 0
+        for record in records:
+            if record.messages is not None:
+                yield from self._flush(batch)
+                batch, characters = [], 0
+                yield record.size, self._encode_chat(record)
+                continue
+            batch.append(record)
+            characters += len(record.text or "")
+            if characters >= _BATCH_CHARACTERS:
+                yield from self._flush(batch)
+                batch, characters = [], 0
+        yield from self._flush(batch)
+
+    def _flush(self, batch: list[Record]) -> Iterator[tuple[float, list[Encoded]]]:
+        if batch:
+            yield sum(record.size for record in batch), self._encode_texts([record.text or "" for record in batch])
+
+    def _encode_texts(self, texts: list[str]) -> list[Encoded]:
+        eos = self.tokenizer.eos_token_id
+        if eos is None:
+            raise ValueError("the tokenizer has no eos_token, which ends each text; set it in tokenizer_config.json")
+        documents: list[Encoded] = []
+        for ids in self.tokenizer(texts, return_attention_mask=False, verbose=False)["input_ids"]:
+            ended = np.asarray(ids if ids[-1:] == [eos] else [*ids, eos], dtype=np.int64)
+            documents.append((ended, np.ones(len(ended), dtype=bool) if self.masked else None))
+        return documents
+
+    def _encode_chat(self, record: Record) -> list[Encoded]:
+        self._chat = self._chat or ChatEncoder(self.tokenizer)
+        try:
+            documents = self._chat.encode(record.messages, record.tools, record.origin, all_tokens=not self.masked)
+        except BadLine as error:
+            self.bad.report(error)
+            return []
+        return [(ids, loss if self.masked else None) for ids, loss in documents]
+
+
+@contextmanager
+def _progress_bar(source: Source, files: list[InputFile], visible: bool) -> Iterator[Progress]:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TextColumn("{task.fields[documents]:,} documents, {task.fields[tokens]:,} tokens"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, disable=not visible) as bar:
+        bar.add_task(f"tokenising {source.path}", total=total_bytes(files), documents=0, tokens=0)
+        yield bar
+
+
+def _nothing(source: Source, files: list[InputFile], bad: BadLines) -> str:
+    skipped = f"; {bad.count} lines were skipped, the first: {bad.first}" if bad.count else ""
+    return f"data source {source.path}: no documents in {len(files)} file(s){skipped}"
+
+
+def _open_tokens(file: InputFile, tokenizer: PreTrainedTokenizerBase) -> TokenFile:
+    if file.format != "tokens":
+        raise ValueError(f"data source {file.path}: token files and other files are mixed; make two sources")
+    tokens = TokenFile(file.path)
+    if tokens.header["tokenizer"] != tokenizer_fingerprint(tokenizer):
+        raise ValueError(f"{file.path} was made with another tokenizer than the model's; tokenise the data again")
+    if file.path.stat().st_size < _VERIFY_BELOW:
+        tokens.verify()
+    return tokens
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Changes with anything that changes the ids of a text; the chat template is not part of it."""
+    if tokenizer.is_fast:
+        state = json.loads(tokenizer.backend_tokenizer.to_str())
+        del state["truncation"], state["padding"]
+    else:
+        state = tokenizer.get_vocab()
+    text = json.dumps([state, tokenizer.special_tokens_map], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _cache_key(
+    source: Source, config: DataConfig, files: list[InputFile], tokenizer: PreTrainedTokenizerBase
+) -> str:
+    """Changes with the format, the tokenizer, the options that shape tokens, and name, size or time of any file."""
+    parts = [(file.path, part) for file in files for part in (sorted(file.path.rglob("*")) if file.path.is_dir() else [file.path])]
+    facts = [
+        VERSION,
+        tokenizer_fingerprint(tokenizer),
+        tokenizer.chat_template,
+        source.model_dump(exclude={"weight"}),
+        config.loss_on,
+        config.on_bad_line,
+        [(str(part.resolve()), part.stat().st_size, part.stat().st_mtime_ns) for _, part in parts],
+    ]
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _slug(source: Source) -> str:
+    name = "stdlib" if source.path == STDLIB else Path(source.path).name
+    return re.sub(r"[^A-Za-z0-9_-]+", "-", name).strip("-")[:40] or "data"
+
+
+@contextmanager
+def _lock(path: Path) -> Iterator[None]:
+    """Hold an advisory file lock; the system releases it when the process ends, however it ends."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield

@@ -1,0 +1,228 @@
+"""What is installed, which GPUs there are, which optional backends are usable, and for the rest why not.
+
+Prints no host or user names, paths or environment variables: its output is made to be pasted into an issue.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import platform
+import re
+import shutil
+import warnings
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from typing import Any
+
+from packaging.requirements import Requirement
+from rich.console import Console
+from rich.table import Table
+
+PACKAGES = (
+    "moetrain",
+    "torch",
+    "triton",
+    "transformers",
+    "tokenizers",
+    "safetensors",
+    "datasets",
+    "accelerate",
+    "peft",
+    "trl",
+    "torchao",
+    "liger_kernel",
+    "mamba_ssm",
+    "causal_conv1d",
+    "transformer_engine",
+    "deep_ep",
+)
+_DIRECTORIES = re.compile(r"(?:/[\w.@+~-]+)+/|[A-Za-z]:\\\S*\\")
+
+
+@dataclass(frozen=True)
+class Backend:
+    """An optional part. `why` is empty where it is usable, else the reason and how to get it."""
+
+    name: str
+    gives: str
+    usable: bool
+    why: str = ""
+
+
+def examine(as_json: bool = False, console: Console | None = None) -> int:
+    """Print the examination; returns 0 if training can run here, 1 if something that it needs is missing."""
+    console = console or Console()
+    problems = find_problems()
+    found = {
+        "versions": versions(),
+        "gpus": gpus(),
+        "no_gpu_because": why_no_gpu(),
+        "backends": [asdict(backend) for backend in backends()],
+        "problems": problems,
+    }
+    if as_json:
+        console.print_json(json.dumps(found))
+    else:
+        _print_tables(console, found)
+    return 1 if problems else 0
+
+
+def versions() -> dict[str, str | None]:
+    """Version of each package and of the libraries inside torch; None where it is missing."""
+    import torch
+
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    found |= {name: _version(name) for name in PACKAGES}
+    found["cuda"] = torch.version.cuda
+    nccl = torch.cuda.nccl.version() if torch.cuda.is_available() else None  # type: ignore[no-untyped-call]
+    found["nccl"] = ".".join(map(str, nccl)) if nccl else None
+    cudnn = torch.backends.cudnn.version() if torch.cuda.is_available() else None  # type: ignore[no-untyped-call]
+    found["cudnn"] = str(cudnn) if cudnn else None
+    return found
+
+
+def gpus() -> list[dict[str, Any]]:
+    """Name, memory in bytes and compute capability of each GPU, and the number of others that it reaches directly."""
+    import torch
+
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    found = []
+    for i in range(count):
+        properties = torch.cuda.get_device_properties(i)
+        found.append(
+            {
+                "name": properties.name,
+                "memory_bytes": properties.total_memory,
+                "capability": f"{properties.major}.{properties.minor}",
+                "peers": sum(torch.cuda.can_device_access_peer(i, j) for j in range(count) if j != i),
+            }
+        )
+    return found
+
+
+def why_no_gpu() -> str:
+    """Empty where torch can use a GPU, else the reason."""
+    import torch
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        if torch.cuda.is_available() and torch.cuda.device_count():
+            return ""
+    if shutil.which("nvidia-smi") is None:
+        return "no NVIDIA driver on this machine; training runs on the CPU"
+    if torch.version.cuda is None:
+        return "this torch is built for CPUs only; install the build for your CUDA version"
+    if caught:
+        return _without_directories(str(caught[0].message)).split("(Triggered")[0].strip()
+    return "torch sees no GPU; is CUDA_VISIBLE_DEVICES set to nothing, or the container started without GPUs?"
+
+
+def backends() -> list[Backend]:
+    """Every optional part, in the order of the layers: communication, experts, attention and state space, loss, optimizer."""
+    import torch
+    import torch.distributed as dist
+
+    gpu = not why_no_gpu()
+    rows = [
+        Backend(
+            "gloo", "communication between CPU ranks", *_when(dist.is_gloo_available(), "torch is built without it")
+        ),
+        Backend(
+            "nccl",
+            "communication between GPUs",
+            *_when(gpu and dist.is_nccl_available(), "needs a GPU" if not gpu else "torch is built without it"),
+        ),
+        Backend(
+            "grouped_mm",
+            "experts in one matrix product",
+            *_when(hasattr(torch.nn.functional, "grouped_mm"), "needs torch 2.10 or newer"),
+        ),
+        _package("triton", "fused kernels of the expert layer", "pip install triton", needs_gpu=not gpu),
+        _package("liger_kernel", "fused linear cross entropy and norms", "pip install liger-kernel", needs_gpu=not gpu),
+        _package("mamba_ssm", "Mamba-2 layers", "pip install --no-build-isolation mamba-ssm", needs_gpu=not gpu),
+        _package(
+            "causal_conv1d",
+            "convolutions of Mamba and linear attention",
+            "pip install --no-build-isolation causal-conv1d",
+            needs_gpu=not gpu,
+        ),
+        _package("torchao", "8-bit optimizer states", "pip install torchao"),
+    ]
+    return rows
+
+
+def find_problems() -> list[str]:
+    """What training needs and does not find: packages outside the range that moetrain declares."""
+    problems = []
+    try:
+        requirements = [Requirement(text) for text in metadata.requires("moetrain") or []]
+    except metadata.PackageNotFoundError:
+        return []  # run from its source; what is missing shows in the table of versions
+    for requirement in requirements:
+        if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
+            continue
+        version = _version(requirement.name)
+        if version is None:
+            problems.append(f"{requirement.name} is missing; pip install '{requirement}'")
+        elif not requirement.specifier.contains(version, prereleases=True):
+            problems.append(f"{requirement.name} is {version}; pip install '{requirement}'")
+    return problems
+
+
+def _package(name: str, gives: str, remedy: str, needs_gpu: bool = False) -> Backend:
+    """A backend that is a package: it must be installed and import, and may need a GPU that is not there."""
+    if needs_gpu:
+        return Backend(name, gives, False, "needs a GPU")
+    if _version(name) is None:
+        return Backend(name, gives, False, f"not installed; {remedy}")
+    try:
+        importlib.import_module(name)
+    except Exception as error:  # a compiled package fails in its own ways; the doctor reports them all
+        text = _without_directories(f"{type(error).__name__}: {error}").splitlines()[0]
+        return Backend(name, gives, False, f"installed, but does not import: {text}")
+    return Backend(name, gives, True)
+
+
+def _when(usable: bool, otherwise: str) -> tuple[bool, str]:
+    return usable, "" if usable else otherwise
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _without_directories(text: str) -> str:
+    """`/home/ann/lib/x.so: not found` becomes `x.so: not found`."""
+    return _DIRECTORIES.sub("", text)
+
+
+def _print_tables(console: Console, found: dict[str, Any]) -> None:
+    table = Table("package", "version", box=None, pad_edge=False)
+    for name, version in found["versions"].items():
+        table.add_row(name, version or "[dim]-[/]")
+    console.print(table)
+
+    console.print()
+    for i, gpu in enumerate(found["gpus"]):
+        size = f"{gpu['memory_bytes'] / 2**30:.0f} GiB"
+        console.print(f"GPU {i}: {gpu['name']}, {size}, capability {gpu['capability']}, {gpu['peers']} direct peers")
+    if not found["gpus"]:
+        console.print(f"no GPU: {found['no_gpu_because']}", soft_wrap=True)
+
+    table = Table("backend", "for", "usable", box=None, pad_edge=False)
+    for backend in found["backends"]:
+        table.add_row(
+            backend["name"], backend["gives"], "[green]yes[/]" if backend["usable"] else f"no: {backend['why']}"
+        )
+    console.print()
+    console.print(table)
+
+    console.print()
+    for problem in found["problems"]:
+        console.print(f"[red]problem:[/] {problem}", soft_wrap=True)
+    if not found["problems"]:
+        console.print("[green]ready to train[/]")

@@ -1,0 +1,349 @@
+"""The experts of a MoE layer as few kernels of static shape that never wait for the host.
+
+Forward: route_sort, permute, grouped GEMM, activation * routing weight, grouped GEMM, sum to tokens.
+Two entrances: `experts_forward` from tokens, for a rank that holds every expert, and `expert_rows` from rows that a
+dispatcher has already brought into expert order.
+
+Shapes: T tokens, K choices of a token (top_k), R rows (capacity), E experts on this rank, H hidden, I intermediate,
+G width of the up projection (2 I when gated, else I).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+from moetrain.kernels.activation import (
+    Activation,
+    gated_activation,
+    gated_activation_backward,
+    row_experts,
+)
+from moetrain.kernels.grouped import add_row_bias_, expert_sum, grouped_mm, row_bias_backward
+from moetrain.kernels.permute import permute, permute_rows, sum_rows, unpermute_reduce
+from moetrain.kernels.routing import route_sort
+
+Gate = Activation | Callable[[torch.Tensor], torch.Tensor]
+
+
+class ExpertWeights(NamedTuple):
+    """Parameters of the experts on this rank, in Transformers' layout."""
+
+    up: torch.Tensor
+    """[E, G, H], or [E, H, G] when transposed."""
+    down: torch.Tensor
+    """[E, H, I], or [E, I, H] when transposed."""
+    up_bias: torch.Tensor | None = None
+    """[E, G]"""
+    down_bias: torch.Tensor | None = None
+    """[E, H]"""
+    transposed: bool = False
+
+
+def expert_weights(module: torch.nn.Module) -> ExpertWeights:
+    """Parameters of an experts module of Transformers, as its attributes hold them."""
+    name = "gate_up_proj" if module.has_gate else "up_proj"
+    up_bias, down_bias = (getattr(module, f"{n}_bias") if module.has_bias else None for n in (name, "down_proj"))
+    return ExpertWeights(getattr(module, name), module.down_proj, up_bias, down_bias, module.is_transposed)
+
+
+def experts_forward(
+    x_TH: torch.Tensor,
+    top_k_index_TK: torch.Tensor,
+    top_k_weights_TK: torch.Tensor,
+    weights: ExpertWeights,
+    activation: Gate,
+) -> torch.Tensor:
+    """Sum over k of weight * expert(x) for every token [T, H]; choices outside [0, E) add nothing.
+
+    The backward gathers the rows again instead of keeping K copies of every token: at Qwen3-30B-A3B's shape 134 MB
+    a layer for one more pass over them.
+
+    Args:
+        activation: a row of the fused table, or a function of [R, G] to [R, I] that runs as torch operators.
+    """
+    routing = route_sort(top_k_index_TK, weights.up.shape[0])
+    if not isinstance(activation, Activation):
+        rows_RH, weights_R = permute(x_TH, top_k_weights_TK, routing)
+        return unpermute_reduce(_plain_rows(rows_RH, routing.offsets_E, weights_R, weights, activation), routing)
+    out_TH, _ = _experts_op(x_TH, top_k_weights_TK, routing.row_TK, routing.offsets_E, *weights, activation.key())
+    return out_TH
+
+
+def expert_rows(
+    rows_RH: torch.Tensor,
+    offsets_E: torch.Tensor,
+    weights_R: torch.Tensor,
+    weights: ExpertWeights,
+    activation: Gate,
+) -> torch.Tensor:
+    """weight * expert(row) for rows [R, H] in expert order; rows from `offsets_E[-1]` on are not read, and undefined
+    in the result and in the gradient.
+
+    Args:
+        offsets_E: row at which each expert ends, int32, not above R.
+        weights_R: routing weight of each row, fp32.
+    """
+    if not isinstance(activation, Activation):
+        return _plain_rows(rows_RH, offsets_E, weights_R, weights, activation)
+    out_RH, _ = _rows_op(rows_RH, weights_R, offsets_E, *weights, activation.key())
+    return out_RH
+
+
+def experts_forward_ref(
+    x_TH: torch.Tensor,
+    top_k_index_TK: torch.Tensor,
+    top_k_weights_TK: torch.Tensor,
+    weights: ExpertWeights,
+    activation: Callable[[torch.Tensor], torch.Tensor],
+) -> torch.Tensor:
+    """`experts_forward` as a loop over experts and choices, in the dtype of its inputs."""
+    up, down, up_bias, down_bias, transposed = weights
+    out_TH = torch.zeros_like(x_TH)
+    for expert in range(up.shape[0]):
+        up_e, down_e = (up[expert], down[expert]) if transposed else (up[expert].T, down[expert].T)
+        for k in range(top_k_index_TK.shape[1]):
+            tokens = (top_k_index_TK[:, k] == expert).nonzero().squeeze(1)
+            hidden = x_TH[tokens] @ up_e
+            hidden = activation(hidden if up_bias is None else hidden + up_bias[expert])
+            hidden = hidden @ down_e
+            hidden = hidden if down_bias is None else hidden + down_bias[expert]
+            out_TH = out_TH.index_add(0, tokens, hidden * top_k_weights_TK[tokens, k, None])
+    return out_TH
+
+
+def _plain_rows(
+    rows_RH: torch.Tensor,
+    offsets_E: torch.Tensor,
+    weights_R: torch.Tensor,
+    weights: ExpertWeights,
+    activation: Callable[[torch.Tensor], torch.Tensor],
+) -> torch.Tensor:
+    """`expert_rows` with any activation, by torch operators and their autograd."""
+    up, down, up_bias, down_bias, transposed = weights
+    if not transposed:
+        up, down = up.transpose(1, 2), down.transpose(1, 2)
+    num_rows = rows_RH.shape[0]
+    unused_R1 = (torch.arange(num_rows, device=rows_RH.device) >= offsets_E[-1])[:, None]
+    expert_R = row_experts(offsets_E, num_rows)
+    up_RG = grouped_mm(rows_RH, up, offsets_E).masked_fill(unused_R1, 0.0)
+    act_RI = activation(up_RG if up_bias is None else up_RG + up_bias[expert_R])
+    out_RH = grouped_mm(act_RI, down, offsets_E).masked_fill(unused_R1, 0.0)
+    out_RH = out_RH if down_bias is None else out_RH + down_bias[expert_R]
+    return out_RH * weights_R.masked_fill(unused_R1[:, 0], 0.0)[:, None].to(out_RH.dtype)
+
+
+def _forward(
+    rows_RH: torch.Tensor,
+    weights_R: torch.Tensor,
+    offsets_E: torch.Tensor,
+    weights: ExpertWeights,
+    activation: Activation,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows of the result [R, H], and the up projection [R, G] without its bias for the backward."""
+    up, down, up_bias, down_bias, transposed = weights
+    up_RG = grouped_mm(rows_RH, up if transposed else up.transpose(1, 2), offsets_E)
+    act_RI = gated_activation(up_RG, weights_R, offsets_E, up_bias, activation)
+    out_RH = grouped_mm(act_RI, down if transposed else down.transpose(1, 2), offsets_E)
+    if down_bias is not None:
+        add_row_bias_(out_RH, weights_R, offsets_E, down_bias)
+    return out_RH, up_RG
+
+
+class _Gradients(NamedTuple):
+    """Gradients of `_forward`; those that were not asked for are empty."""
+
+    rows_RH: torch.Tensor
+    weights_R: torch.Tensor
+    up: torch.Tensor
+    down: torch.Tensor
+    up_bias: torch.Tensor
+    down_bias: torch.Tensor
+
+
+def _backward(
+    grad_RH: torch.Tensor,
+    rows_RH: Callable[[], torch.Tensor],
+    weights_R: torch.Tensor,
+    offsets_E: torch.Tensor,
+    up_RG: torch.Tensor,
+    weights: ExpertWeights,
+    activation: Activation,
+    needs_rows: bool,
+    needs_parameters: bool,
+) -> _Gradients:
+    """Backward of `_forward`. `rows_RH` is called when its input is needed, after `grad_RH` was last used."""
+    up, down, up_bias, down_bias, transposed = weights
+    grad_rows_RH, grad_up, grad_down, grad_up_bias, grad_down_bias = (grad_RH.new_empty(0) for _ in range(5))
+
+    grad_act_RI = grouped_mm(grad_RH, down.transpose(1, 2) if transposed else down, offsets_E)
+    grad_up_RG, grad_weights_R, act_RI = gated_activation_backward(
+        grad_act_RI, up_RG, weights_R, offsets_E, up_bias, activation
+    )
+    del grad_act_RI
+    if down_bias is not None:
+        grad_weights_R += row_bias_backward(grad_RH, weights_R, offsets_E, down_bias)
+    if needs_parameters:
+        left, right = (act_RI, grad_RH) if transposed else (grad_RH, act_RI)
+        grad_down = grouped_mm(left.t(), right, offsets_E)
+        if down_bias is not None:
+            grad_down_bias = expert_sum(grad_RH, weights_R, offsets_E)
+        del grad_RH, act_RI, left, right
+        rows = rows_RH()
+        left, right = (rows, grad_up_RG) if transposed else (grad_up_RG, rows)
+        grad_up = grouped_mm(left.t(), right, offsets_E)
+        if up_bias is not None:
+            grad_up_bias = expert_sum(grad_up_RG, None, offsets_E)
+        del rows, left, right
+    if needs_rows:
+        grad_rows_RH = grouped_mm(grad_up_RG, up.transpose(1, 2) if transposed else up, offsets_E)
+    return _Gradients(grad_rows_RH, grad_weights_R, grad_up, grad_down, grad_up_bias, grad_down_bias)
+
+
+@torch.library.custom_op("moetrain::experts", mutates_args=())
+def _experts_op(
+    x_TH: torch.Tensor,
+    weights_TK: torch.Tensor,
+    row_TK: torch.Tensor,
+    offsets_E: torch.Tensor,
+    up: torch.Tensor,
+    down: torch.Tensor,
+    up_bias: torch.Tensor | None,
+    down_bias: torch.Tensor | None,
+    transposed: bool,
+    activation: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    weights = ExpertWeights(up, down, up_bias, down_bias, transposed)
+    rows_RH, weights_R = permute_rows(x_TH, weights_TK, row_TK, row_TK.numel())
+    out_RH, up_RG = _forward(rows_RH, weights_R, offsets_E, weights, Activation.parse(activation))
+    return sum_rows(out_RH, None, row_TK)[0], up_RG
+
+
+@torch.library.custom_op("moetrain::experts_backward", mutates_args=())
+def _experts_backward_op(
+    grad_TH: torch.Tensor,
+    up_RG: torch.Tensor,
+    x_TH: torch.Tensor,
+    weights_TK: torch.Tensor,
+    row_TK: torch.Tensor,
+    offsets_E: torch.Tensor,
+    up: torch.Tensor,
+    down: torch.Tensor,
+    up_bias: torch.Tensor | None,
+    down_bias: torch.Tensor | None,
+    transposed: bool,
+    activation: str,
+    needs_x: bool,
+    needs_parameters: bool,
+) -> list[torch.Tensor]:
+    weights = ExpertWeights(up, down, up_bias, down_bias, transposed)
+    grad_RH, weights_R = permute_rows(grad_TH, weights_TK, row_TK, row_TK.numel())
+    gradients = _backward(
+        grad_RH,
+        lambda: permute_rows(x_TH, None, row_TK, row_TK.numel())[0],
+        weights_R,
+        offsets_E,
+        up_RG,
+        weights,
+        Activation.parse(activation),
+        needs_x,
+        needs_parameters,
+    )
+    grad_x_TH, grad_weights_TK = sum_rows(gradients.rows_RH, gradients.weights_R, row_TK)
+    return [grad_x_TH, grad_weights_TK.to(weights_TK.dtype), *gradients[2:]]
+
+
+@torch.library.custom_op("moetrain::expert_rows", mutates_args=())
+def _rows_op(
+    rows_RH: torch.Tensor,
+    weights_R: torch.Tensor,
+    offsets_E: torch.Tensor,
+    up: torch.Tensor,
+    down: torch.Tensor,
+    up_bias: torch.Tensor | None,
+    down_bias: torch.Tensor | None,
+    transposed: bool,
+    activation: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    weights = ExpertWeights(up, down, up_bias, down_bias, transposed)
+    return _forward(rows_RH, weights_R, offsets_E, weights, Activation.parse(activation))
+
+
+@torch.library.custom_op("moetrain::expert_rows_backward", mutates_args=())
+def _rows_backward_op(
+    grad_RH: torch.Tensor,
+    up_RG: torch.Tensor,
+    rows_RH: torch.Tensor,
+    weights_R: torch.Tensor,
+    offsets_E: torch.Tensor,
+    up: torch.Tensor,
+    down: torch.Tensor,
+    up_bias: torch.Tensor | None,
+    down_bias: torch.Tensor | None,
+    transposed: bool,
+    activation: str,
+    needs_rows: bool,
+    needs_parameters: bool,
+) -> list[torch.Tensor]:
+    weights = ExpertWeights(up, down, up_bias, down_bias, transposed)
+    gradients = _backward(
+        grad_RH.contiguous(),
+        lambda: rows_RH,
+        weights_R,
+        offsets_E,
+        up_RG,
+        weights,
+        Activation.parse(activation),
+        needs_rows,
+        needs_parameters,
+    )
+    return [gradients[0], gradients.weights_R.to(weights_R.dtype), *gradients[2:]]
+
+
+@_experts_op.register_fake
+def _(x_TH, weights_TK, row_TK, offsets_E, up, down, up_bias, down_bias, transposed, activation):  # type: ignore
+    return torch.empty_like(x_TH), x_TH.new_empty(row_TK.numel(), up.shape[2 if transposed else 1])
+
+
+@_rows_op.register_fake
+def _(rows_RH, weights_R, offsets_E, up, down, up_bias, down_bias, transposed, activation):  # type: ignore
+    return torch.empty_like(rows_RH), rows_RH.new_empty(rows_RH.shape[0], up.shape[2 if transposed else 1])
+
+
+@_experts_backward_op.register_fake
+@_rows_backward_op.register_fake
+def _(grad, up_RG, inputs, row_weights, *args):  # type: ignore[no-untyped-def]
+    *_, up, down, up_bias, down_bias, _transposed, _activation, needs_inputs, needs_parameters = args
+
+    def like(tensor: torch.Tensor | None, needed: bool) -> torch.Tensor:
+        return torch.empty_like(tensor) if needed and tensor is not None else grad.new_empty(0)
+
+    parameters = [like(tensor, needs_parameters) for tensor in (up, down, up_bias, down_bias)]
+    return [like(inputs, needs_inputs), torch.empty_like(row_weights), *parameters]
+
+
+def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    *tensors, ctx.transposed, ctx.activation = inputs
+    ctx.save_for_backward(output[1], *tensors)
+    ctx.set_materialize_grads(False)
+
+
+def _run_backward(ctx, grad, backward_op, num_inputs):  # type: ignore[no-untyped-def]
+    """Gradients for the forward's arguments: `num_inputs` tensors, four parameters, two constants."""
+    needs = ctx.needs_input_grad
+    needs_parameters = any(needs[num_inputs : num_inputs + 4])
+    arguments = (*ctx.saved_tensors, ctx.transposed, ctx.activation)
+    gradients = backward_op(grad, *arguments, needs[0], needs_parameters)
+    middle = [None] * (num_inputs - 2)
+    gradients = [*gradients[:2], *middle, *gradients[2:], None, None]
+    return tuple(gradient if needed else None for gradient, needed in zip(gradients, needs, strict=True))
+
+
+_experts_op.register_autograd(
+    lambda ctx, grad, _: _run_backward(ctx, grad, _experts_backward_op, 4), setup_context=_setup_context
+)
+_rows_op.register_autograd(
+    lambda ctx, grad, _: _run_backward(ctx, grad, _rows_backward_op, 3), setup_context=_setup_context
+)

@@ -1,0 +1,68 @@
+"""The Triton kernels under Triton's interpreter, on CPU tensors. `test_kernels_interpreted.py` runs this file."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from triton.runtime import interpreter
+
+from moetrain.kernels import experts
+from tests import kernel_cases as cases
+
+
+@pytest.fixture(autouse=True)
+def interpreter_under_new_numpy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """numpy 2.4 no longer turns an array of one element into an int, which Triton 3.6 does for loop bounds."""
+    original = interpreter._patch_lang_tensor
+
+    def patched(tensor: Any, scope: Any) -> None:
+        original(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    monkeypatch.setattr(interpreter, "_patch_lang_tensor", patched)
+    torch.manual_seed(0)
+
+
+@pytest.mark.parametrize("kind", cases.ROUTINGS)
+@pytest.mark.parametrize(("tokens", "top_k", "experts", "capacity"), [(70, 3, 5, None), (64, 2, 130, 100), (1, 1, 1, 4)])
+def test_route_sort(kind: str, tokens: int, top_k: int, experts: int, capacity: int | None) -> None:
+    cases.check_route_sort(kind, tokens, top_k, experts, capacity, "cpu")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("kind", "top_k", "hidden"), [("elsewhere", 3, 40), ("skewed", 1, 2060), ("none", 2, 16)])
+def test_permute(kind: str, top_k: int, hidden: int, dtype: torch.dtype) -> None:
+    cases.check_permute(kind, 9, top_k, hidden, dtype, "cpu")
+
+
+@pytest.mark.parametrize("name", cases.ACTIVATIONS)
+@pytest.mark.parametrize(("dtype", "bias"), [(torch.bfloat16, True), (torch.float32, False)])
+def test_activation(name: str, dtype: torch.dtype, bias: bool) -> None:
+    cases.check_activation(name, 40, 13, bias, dtype, "cpu")
+
+
+def test_activation_wider_than_a_tile() -> None:
+    cases.check_activation("silu", 1100, 6, False, torch.float32, "cpu")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_biases(dtype: torch.dtype) -> None:
+    cases.check_biases(72, dtype, "cpu")
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "bias", "transposed"),
+    [("silu", "elsewhere", False, False), ("gpt_oss", "sparse", True, True), ("relu2", "none", False, False)],
+)
+def test_layer(name: str, kind: str, bias: bool, transposed: bool) -> None:
+    cases.check_layer(
+        name,
+        kind,
+        bias,
+        transposed,
+        torch.float32,
+        "cpu",
+        lambda leaves, index, weights, act: experts.experts_forward(leaves[0], index, leaves[1], weights, act),
+    )

@@ -1,0 +1,207 @@
+"""Checks of the kernels against their references, shared by the interpreter on CPU and the GPU tests.
+
+Every check poisons with NaN what a kernel must not read, and compares with arithmetic in float64.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+
+from moetrain.kernels import activation as activation_module
+from moetrain.kernels.activation import (
+    Activation,
+    gated_activation,
+    gated_activation_backward,
+    gated_activation_backward_ref,
+    gated_activation_ref,
+)
+from moetrain.kernels.experts import ExpertWeights, experts_forward_ref
+from moetrain.kernels.grouped import add_row_bias_, expert_sum, row_bias_backward
+from moetrain.kernels.permute import permute_ref, permute_rows, sum_rows, unpermute_reduce_ref
+from moetrain.kernels.routing import route_sort, route_sort_ref
+
+ACTIVATIONS = {
+    "silu": Activation("silu"),
+    "gelu_tanh": Activation("gelu_tanh"),
+    "relu2": Activation("relu2", gated=False),
+    "clamped": Activation("silu", limit=1.0),
+    "gpt_oss": Activation("silu", interleaved=True, alpha=1.702, limit=1.0, up_shift=1.0),
+}
+
+ROUTINGS = ("random", "skewed", "sparse", "elsewhere", "none")
+
+
+def choices(kind: str, tokens: int, top_k: int, experts: int, device: str) -> torch.Tensor:
+    """Router choices [tokens, top_k]; ids outside [0, experts) are on other ranks."""
+    if kind == "random":
+        pool = torch.rand(tokens, max(experts, top_k)).argsort(1)[:, :top_k]
+    elif kind == "skewed":  # every token to one expert first
+        pool = torch.rand(tokens, max(experts, top_k)).argsort(1)[:, :top_k]
+        pool[:, 0] = experts // 2
+    elif kind == "sparse":  # most experts get nothing
+        pool = torch.randint(0, 2, (tokens, top_k)) * (experts - 1)
+    elif kind == "elsewhere":  # half of the experts are not here; -1 and `experts` both say so
+        pool = torch.randint(-1, 2 * experts, (tokens, top_k))
+    else:
+        pool = torch.full((tokens, top_k), experts)
+    return pool.to(device)
+
+
+def relative_error(result: torch.Tensor, expected: torch.Tensor) -> float:
+    """|result - expected| / |expected|; NaN fails every comparison."""
+    difference = (result.double() - expected.double()).norm()
+    return (difference / expected.double().norm().clamp(min=1e-30)).item()
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    return 1e-2 if dtype == torch.bfloat16 else 1e-5
+
+
+def poison(*tensors: torch.Tensor, used: int) -> None:
+    for tensor in tensors:
+        tensor[used:] = math.nan
+
+
+def check_route_sort(kind: str, tokens: int, top_k: int, experts: int, capacity: int | None, device: str) -> None:
+    index = choices(kind, tokens, top_k, experts, device)
+    routing = route_sort(index, experts, capacity)
+    expected = route_sort_ref(index, experts, tokens * top_k if capacity is None else capacity)
+    for name, value, reference in zip(routing._fields, routing, expected, strict=True):
+        assert value.dtype == torch.int32
+        assert torch.equal(value, reference), name
+    here = routing.row_TK.flatten() >= 0
+    slots = torch.arange(index.numel(), device=device, dtype=torch.int32)[here]
+    assert torch.equal(routing.slot_R[routing.row_TK.flatten()[here].long()], slots)
+    for value, again in zip(routing, route_sort(index, experts, capacity), strict=True):
+        assert torch.equal(value, again)
+
+
+def check_permute(kind: str, tokens: int, top_k: int, hidden: int, dtype: torch.dtype, device: str) -> None:
+    """Rows, sums and weights, with a capacity above the rows used and NaN in what is not used."""
+    experts = 5
+    routing = route_sort(choices(kind, tokens, top_k, experts, device), experts, tokens * top_k + 7)
+    used = int(routing.offsets_E[-1])
+    x = torch.randn(tokens, hidden, dtype=dtype, device=device)
+    weights = torch.rand(tokens, top_k, device=device)
+    rows, row_weights = permute_rows(x, weights, routing.row_TK, routing.slot_R.numel())
+    rows_ref, row_weights_ref = permute_ref(x, weights, routing.row_TK, routing.slot_R.numel())
+    assert torch.equal(rows[:used], rows_ref[:used])
+    assert torch.equal(row_weights[:used], row_weights_ref[:used])
+
+    y = torch.randn(routing.slot_R.numel(), hidden, dtype=dtype, device=device)
+    y_weights = torch.rand(routing.slot_R.numel(), device=device)
+    expected, expected_weights = unpermute_reduce_ref(y.double(), y_weights, routing.row_TK)
+    poison(y, y_weights, used=used)
+    out, out_weights = sum_rows(y, y_weights, routing.row_TK)
+    assert out.dtype == dtype
+    assert relative_error(out, expected) <= tolerance(dtype) / 2
+    assert torch.equal(out_weights, expected_weights)
+    assert torch.equal(out, sum_rows(y, y_weights, routing.row_TK)[0])
+
+
+def check_activation(name: str, inner: int, rows: int, bias: bool, dtype: torch.dtype, device: str) -> None:
+    """Forward and backward against float64, with empty experts, and NaN past the last row."""
+    activation = ACTIVATIONS[name]
+    width = 2 * inner if activation.gated else inner
+    offsets = torch.tensor([0, rows // 3, rows // 3, rows], dtype=torch.int32, device=device)
+    up = torch.randn(rows + 5, width, device=device).mul_(1.5).to(dtype)
+    grad = torch.randn(rows + 5, inner, device=device).to(dtype)
+    weights = torch.rand(rows + 5, device=device)
+    biases = torch.randn(4, width, device=device).to(dtype) if bias else None
+    wide = (up.double(), weights.double(), offsets, None if biases is None else biases.double(), activation)
+    expected = gated_activation_ref(*wide)
+    expected_gradients = gated_activation_backward_ref(grad.double(), *wide)
+    poison(up, grad, weights, used=rows)
+
+    out = gated_activation(up, weights, offsets, biases, activation)
+    assert relative_error(out[:rows], expected[:rows]) <= tolerance(dtype)
+    gradients = gated_activation_backward(grad, up, weights, offsets, biases, activation)
+    for gradient, reference in zip(gradients, expected_gradients, strict=True):
+        assert relative_error(gradient[:rows], reference[:rows]) <= tolerance(dtype)
+    assert torch.equal(gradients[2][:rows], out[:rows])
+    again = gated_activation_backward(grad, up, weights, offsets, biases, activation)
+    assert all(torch.equal(a[:rows], b[:rows]) for a, b in zip(gradients, again, strict=True))
+
+
+def check_activation_reference(name: str) -> None:
+    """The reference's backward is autograd's, in float64."""
+    activation = ACTIVATIONS[name]
+    offsets = torch.tensor([2, 2, 9])
+    up = torch.randn(9, 24, dtype=torch.float64).mul_(1.5).requires_grad_()
+    weights = torch.rand(9, dtype=torch.float64, requires_grad=True)
+    out = gated_activation_ref(up, weights, offsets, None, activation)
+    grad = torch.randn_like(out)
+    expected = (*torch.autograd.grad(out, (up, weights), grad), out)
+    gradients = gated_activation_backward_ref(grad, up.detach(), weights.detach(), offsets, None, activation)
+    for gradient, reference in zip(gradients, expected, strict=True):
+        assert relative_error(gradient, reference) <= 1e-12
+
+
+def check_biases(columns: int, dtype: torch.dtype, device: str) -> None:
+    offsets = torch.tensor([3, 3, 40, 41], dtype=torch.int32, device=device)
+    rows = torch.randn(50, columns, device=device).to(dtype)
+    weights = torch.rand(50, device=device)
+    bias = torch.randn(4, columns, device=device).to(dtype)
+    expected = rows.double().clone()
+    add_row_bias_(expected, weights.double(), offsets, bias.double())
+    expected_weights = row_bias_backward(rows.double(), weights, offsets, bias.double())
+    expected_sums = [expert_sum(rows.double(), w, offsets) for w in (weights.double(), None)]
+    poison(rows, weights, used=41)
+
+    assert relative_error(row_bias_backward(rows, weights, offsets, bias)[:41], expected_weights[:41]) <= 1e-5
+    for w, expected_sum in zip((weights, None), expected_sums, strict=True):
+        assert relative_error(expert_sum(rows, w, offsets), expected_sum) <= tolerance(dtype)
+    add_row_bias_(rows, weights, offsets, bias)
+    assert relative_error(rows[:41], expected[:41]) <= tolerance(dtype)
+
+
+def layer_case(
+    name: str, routing: str, bias: bool, transposed: bool, dtype: torch.dtype, device: str
+) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor, Callable[[list[torch.Tensor]], ExpertWeights]]:
+    """Inputs of a small layer: leaves [x, top_k_weights, parameters...], choices, output gradient, and the function
+    that makes `ExpertWeights` of the leaves."""
+    tokens, top_k, experts, hidden, inner = 96, 2, 4, 64, 48
+    activation = ACTIVATIONS[name]
+    width = 2 * inner if activation.gated else inner
+    shapes = [(hidden, width), (inner, hidden)] if transposed else [(width, hidden), (hidden, inner)]
+    leaves = [torch.randn(tokens, hidden), torch.rand(tokens, top_k)]
+    leaves += [torch.randn(experts, *shape) * 0.2 for shape in shapes]
+    leaves += [torch.randn(experts, width), torch.randn(experts, hidden)] if bias else []
+    leaves = [leaf.to(device, torch.float32 if i == 1 else dtype).requires_grad_() for i, leaf in enumerate(leaves)]
+
+    def weights(tensors: list[torch.Tensor]) -> ExpertWeights:
+        up, down, *biases = tensors[2:]
+        return ExpertWeights(up, down, *(biases or (None, None)), transposed)
+
+    grad = torch.randn(tokens, hidden).to(device, dtype)
+    return leaves, choices(routing, tokens, top_k, experts, device), grad, weights
+
+
+def check_layer(
+    name: str,
+    routing: str,
+    bias: bool,
+    transposed: bool,
+    dtype: torch.dtype,
+    device: str,
+    forward: Callable[[list[torch.Tensor], torch.Tensor, ExpertWeights, Activation], torch.Tensor],
+) -> None:
+    """Output and every gradient of a layer against the loop over experts in float64; twice the same bits."""
+    leaves, index, grad, weights = layer_case(name, routing, bias, transposed, dtype, device)
+    activation = ACTIVATIONS[name]
+    wide = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    expected = experts_forward_ref(
+        wide[0], index, wide[1], weights(wide), lambda up: activation_module._apply(up, activation)
+    )
+    expected_gradients = torch.autograd.grad(expected, wide, grad.double(), materialize_grads=True)
+    runs = []
+    for _ in range(2):
+        out = forward(leaves, index, weights(leaves), activation)
+        runs.append((out.detach(), *torch.autograd.grad(out, leaves, grad)))
+    limit = 3e-2 if dtype == torch.bfloat16 else 1e-4
+    for i, (value, reference) in enumerate(zip(runs[0], (expected, *expected_gradients), strict=True)):
+        assert relative_error(value, reference) <= limit, f"output {i}"
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
