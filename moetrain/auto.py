@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,11 +23,13 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.distributed import DistributedConfig
 
 from moetrain import families
-from moetrain.checkpoint import Dropped, find_dropped, save_hf
+from moetrain.backends.liger import apply_liger
+from moetrain.checkpoint import CheckpointInfo, Dropped, check_checkpoint, find_dropped, save_hf
 from moetrain.checkpoint.concatenated import reread_concatenated
 from moetrain.mesh import rank
 from moetrain.moe.layer import NAME, register
 from moetrain.parallelize import parallelize, without_expert_parallelism
+from moetrain.sharded_init import initialize_weights
 
 logger = logging.getLogger(__name__)
 register()
@@ -62,9 +65,13 @@ class _Prepared:
 
     @staticmethod
     def _load_pretrained_model(model: Any, state_dict: Any, files: list[str] | None, load_config: Any) -> Any:
+        info = _check_source(files)
         result = PreTrainedModel._load_pretrained_model(model, state_dict, files, load_config)
         if files and getattr(model, "_mesh_manager", None) is not None:
             reread_concatenated(model, files, load_config.weight_mapping)
+        if info is not None and (dropped := find_dropped(model, info)).tensors:
+            _say(dropped.describe())
+            model.dropped_weights = dropped
         return result
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
@@ -126,7 +133,6 @@ class _AutoModel:
             pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
         )
         finish(model, kwargs.get("experts_implementation"))
-        model.dropped_weights = find_dropped(model, info)
         return (model, info) if wants_info else model
 
     @classmethod
@@ -134,7 +140,7 @@ class _AutoModel:
         cls, config: PreTrainedConfig, *, distributed_config: DistributedConfig | None = None, **kwargs: Any
     ) -> Any:
         """A model with random weights. With `distributed_config` it is built on the meta device and every rank fills
-        only its own shards, from torch's current seed; the values depend on the layout."""
+        only its own shards, from torch's current seed."""
         kwargs.setdefault("trust_remote_code", False)
         if distributed_config is None:
             model = super().from_config(config, **kwargs)  # type: ignore[misc]
@@ -159,14 +165,17 @@ def _sharded_from_config(build: Any, config: PreTrainedConfig, distributed_confi
     model = type(model).maybe_distribute_model(model, distributed_config, mesh)
     device_map = None if mesh is None else {"": device_map}
     model._move_missing_keys_from_meta_to_device(set(model.state_dict()), device_map, mesh, None)
-    with torch.random.fork_rng(enabled=mesh is not None and not torch.cuda.is_available()):
-        if mesh is not None and not torch.cuda.is_available():
-            # DTensor keeps shards apart on accelerators only; on CPUs the ranks of a replica draw from seeds of their
-            # own, and equal shards of different replicas from equal ones
-            torch.manual_seed(torch.initial_seed() + rank() % distributed_config.fsdp_size)
-        model.initialize_weights()
-    model.tie_weights(recompute_mapping=False)
+    initialize_weights(model, 0 if mesh is None else rank() % distributed_config.fsdp_size)
     return model
+
+
+def _check_source(files: list[str] | None) -> CheckpointInfo | None:
+    """The checkpoint that the files belong to, checked; None for files that are not named in the standard way."""
+    if not files:
+        return None
+    directory = Path(files[0]).parent
+    standard = (directory / "model.safetensors").is_file() or (directory / "model.safetensors.index.json").is_file()
+    return check_checkpoint(directory) if standard else None
 
 
 def finish(model: nn.Module, experts_implementation: str | None = None) -> None:
@@ -174,8 +183,7 @@ def finish(model: nn.Module, experts_implementation: str | None = None) -> None:
     families.check_supported(model.config)
     reason = families.fallback_reason(model)
     if reason is not None:
-        _say(f"{reason}: plain Transformers")
-        _apply_liger(model)
+        _say(f"{reason}: plain Transformers" + (" with Liger's kernels" if apply_liger(model) else ""))
     elif experts_implementation is None:
         model.set_experts_implementation(NAME)
     correct_time_step_limit(model)

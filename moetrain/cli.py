@@ -19,12 +19,16 @@ if TYPE_CHECKING:
 
 USER_ERROR = 2
 INTERRUPTED = 130
+NOISY_LOGGERS = ("torchao", "torch.utils._pytree")
+"""torchao, which Transformers imports, warns of each of its libraries that is made for another GPU."""
 DISK_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit code. What the user can mend is one `error:` block and code 2, no traceback."""
     args = _parse(argv)
+    for name in NOISY_LOGGERS:
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         code: int = args.verb(args)
     except KeyboardInterrupt:
@@ -60,7 +64,7 @@ def export(args: argparse.Namespace) -> int:
     from moetrain.checkpoint import export_run
 
     _log_to_console()
-    export_run(Path(args.checkpoint), Path(args.out))
+    export_run(args.checkpoint, args.out, source=args.source)
     print(f"wrote {args.out}, a checkpoint in Hugging Face format")
     return 0
 
@@ -69,19 +73,20 @@ def data_preview(args: argparse.Namespace) -> int:
     from rich import get_console
 
     from moetrain.config import load_config
-    from moetrain.data.preview import preview
+    from moetrain.data import preview
 
     config = load_config(args.config, args.overrides)
-    preview(config, _tokenizer(config), args.rows, get_console())
+    preview(config.data, _tokenizer(config), args.rows, get_console())
     return 0
 
 
 def data_tokenize(args: argparse.Namespace) -> int:
     from moetrain.config import load_config
-    from moetrain.data import tokenize_to_file
+    from moetrain.data import tokenize_config
 
     config = load_config(args.config, args.overrides)
-    tokenize_to_file(config, _tokenizer(config), Path(args.out))
+    for source, path in tokenize_config(config.data, _tokenizer(config), Path(args.out)):
+        print(f"{source.path}: wrote {path}")
     return 0
 
 
@@ -130,10 +135,8 @@ def _parser() -> argparse.ArgumentParser:
         "torchrun --nproc-per-node 8 -m moetrain train my.yaml",
     )
     _add_config(sub)
-    sub.add_argument("--print-config", action="store_true", help="print the whole configuration with its documentation")
-    sub.add_argument(
-        "--dry-run", action="store_true", help="check configuration, model, data and layout; start nothing"
-    )
+    sub.add_argument("--print-config", action="store_true", help="print every value with its documentation")
+    sub.add_argument("--dry-run", action="store_true", help="check config, model, data, layout; start nothing")
 
     sub = _verb(
         verbs,
@@ -144,6 +147,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("checkpoint", metavar="CHECKPOINT", help="directory of a training checkpoint")
     sub.add_argument("out", metavar="OUT", help="directory to make")
+    sub.add_argument("--source", metavar="DIR", help="the checkpoint that the run started from, if it has moved")
 
     data = verbs.add_parser("data", help="look at the training data, or tokenize it").add_subparsers(
         title="verbs", required=True, metavar="VERB"
@@ -161,11 +165,11 @@ def _parser() -> argparse.ArgumentParser:
         data,
         "tokenize",
         data_tokenize,
-        "write the training data as a memory-mapped token file, for a source of format `tokens`",
-        "moetrain data tokenize my.yaml --out corpus.tokens",
+        "write the data as memory-mapped token files, to be named as sources of format `tokens`",
+        "moetrain data tokenize my.yaml --out corpus",
     )
     _add_config(sub)
-    sub.add_argument("--out", required=True, metavar="FILE", help="file to write")
+    sub.add_argument("--out", required=True, metavar="DIR", help="directory for one file a source")
 
     sub = _verb(
         verbs, "report", report, "draw a run, finished or not, as run.png and report.html", "moetrain report runs/mine"
@@ -200,9 +204,7 @@ def _verb(
 
 def _add_config(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", metavar="CONFIG", help="YAML file of the run")
-    parser.add_argument(
-        "overrides", nargs="*", metavar="a.b=c", help="values that replace the file's, such as optim.lr=1e-5"
-    )
+    parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="overrides, such as optim.lr=1e-5")
 
 
 class _Version(argparse.Action):
@@ -214,8 +216,14 @@ class _Version(argparse.Action):
 
 
 def _tokenizer(config: RunConfig) -> Any:
+    """The tokenizer of `model.path`; a checkpoint that the run would create is created now."""
     from transformers import AutoTokenizer
 
+    if config.model.create is not None:
+        from moetrain.create import create_checkpoint
+        from moetrain.data import training_texts
+
+        create_checkpoint(Path(config.model.path), config.model.create, training_texts(config.data), config.train.seed)
     return AutoTokenizer.from_pretrained(config.model.path, trust_remote_code=config.model.trust_remote_code)
 
 

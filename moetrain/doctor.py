@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import logging
 import platform
 import re
 import shutil
@@ -37,6 +38,7 @@ PACKAGES = (
     "transformer_engine",
     "deep_ep",
 )
+NEEDS_GPU = "needs a GPU"
 _DIRECTORIES = re.compile(r"(?:/[\w.@+~-]+)+/|[A-Za-z]:\\\S*\\")
 
 
@@ -119,37 +121,25 @@ def why_no_gpu() -> str:
 
 
 def backends() -> list[Backend]:
-    """Every optional part, in the order of the layers: communication, experts, attention and state space, loss, optimizer."""
+    """Every optional part: communication, then experts, loss, state-space layers and optimizer."""
     import torch
     import torch.distributed as dist
 
     gpu = not why_no_gpu()
-    rows = [
-        Backend(
-            "gloo", "communication between CPU ranks", *_when(dist.is_gloo_available(), "torch is built without it")
-        ),
-        Backend(
-            "nccl",
-            "communication between GPUs",
-            *_when(gpu and dist.is_nccl_available(), "needs a GPU" if not gpu else "torch is built without it"),
-        ),
-        Backend(
-            "grouped_mm",
-            "experts in one matrix product",
-            *_when(hasattr(torch.nn.functional, "grouped_mm"), "needs torch 2.10 or newer"),
-        ),
-        _package("triton", "fused kernels of the expert layer", "pip install triton", needs_gpu=not gpu),
-        _package("liger_kernel", "fused linear cross entropy and norms", "pip install liger-kernel", needs_gpu=not gpu),
-        _package("mamba_ssm", "Mamba-2 layers", "pip install --no-build-isolation mamba-ssm", needs_gpu=not gpu),
-        _package(
-            "causal_conv1d",
-            "convolutions of Mamba and linear attention",
-            "pip install --no-build-isolation causal-conv1d",
-            needs_gpu=not gpu,
-        ),
+    no_build = "torch is built without it"
+    gloo, nccl = dist.is_gloo_available(), dist.is_nccl_available()
+    grouped = hasattr(torch.nn.functional, "grouped_mm")
+    compiled = "pip install --no-build-isolation"
+    return [
+        Backend("gloo", "communication between CPU ranks", gloo, "" if gloo else no_build),
+        Backend("nccl", "communication between GPUs", gpu and nccl, NEEDS_GPU if not gpu else "" if nccl else no_build),
+        Backend("grouped_mm", "experts in one call", grouped, "" if grouped else "needs torch 2.10 or newer"),
+        _package("triton", "fused kernels of the expert layer", "pip install triton", gpu),
+        _package("liger_kernel", "fused linear cross entropy", "pip install liger-kernel", gpu),
+        _package("mamba_ssm", "Mamba-2 layers", f"{compiled} mamba-ssm", gpu),
+        _package("causal_conv1d", "convolutions of Mamba and linear attention", f"{compiled} causal-conv1d", gpu),
         _package("torchao", "8-bit optimizer states", "pip install torchao"),
     ]
-    return rows
 
 
 def find_problems() -> list[str]:
@@ -170,22 +160,21 @@ def find_problems() -> list[str]:
     return problems
 
 
-def _package(name: str, gives: str, remedy: str, needs_gpu: bool = False) -> Backend:
-    """A backend that is a package: it must be installed and import, and may need a GPU that is not there."""
-    if needs_gpu:
-        return Backend(name, gives, False, "needs a GPU")
+def _package(name: str, gives: str, remedy: str, runs_here: bool = True) -> Backend:
+    """A backend that is a package: it must be installed and import, and `runs_here` says whether its GPU is there."""
+    if not runs_here:
+        return Backend(name, gives, False, NEEDS_GPU)
     if _version(name) is None:
         return Backend(name, gives, False, f"not installed; {remedy}")
+    logging.disable(logging.CRITICAL)  # some packages log the directories of what they could not load
     try:
         importlib.import_module(name)
     except Exception as error:  # a compiled package fails in its own ways; the doctor reports them all
         text = _without_directories(f"{type(error).__name__}: {error}").splitlines()[0]
         return Backend(name, gives, False, f"installed, but does not import: {text}")
+    finally:
+        logging.disable(logging.NOTSET)
     return Backend(name, gives, True)
-
-
-def _when(usable: bool, otherwise: str) -> tuple[bool, str]:
-    return usable, "" if usable else otherwise
 
 
 def _version(package: str) -> str | None:

@@ -74,8 +74,7 @@ def check_supported(config: PretrainedConfig) -> None:
     for model_type in (config.model_type, config.get_text_config().model_type):
         if model_type in UNSUPPORTED:
             raise ValueError(
-                f"moetrain cannot train {model_type!r} with expert parallelism: {UNSUPPORTED[model_type]} "
-                "Train it with ep_size=1, or with plain Transformers."
+                f"{model_type!r} does not work with moetrain, use plain Transformers: {UNSUPPORTED[model_type]}"
             )
 
 
@@ -95,10 +94,11 @@ def correct_after_load(model: PreTrainedModel) -> None:
     The Mamba layers of nemotron_h clamp their time step to (`time_step_min`, inf) and ignore `time_step_limit`, which
     is (0, inf) in the released configurations: short steps are lengthened, and the logits change.
     """
-    if model.config.get_text_config().model_type == "nemotron_h":
-        for module in model.modules():
-            if hasattr(module, "time_step_limit"):
-                module.time_step_limit = tuple(module.config.time_step_limit)
+    config = model.config.get_text_config()
+    if config.model_type == "nemotron_h":
+        mixers: list[Any] = [module for module in model.modules() if hasattr(module, "time_step_limit")]
+        for mixer in mixers:
+            mixer.time_step_limit = tuple(config.time_step_limit)
 
 
 def experts_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -115,9 +115,9 @@ def fallback_reason(model: PreTrainedModel) -> str | None:
     if is_moe(model.config):
         return (
             f"{model_type!r} is a mixture of experts, but Transformers does not decorate its experts with "
-            "@use_experts_implementation, so there is nothing to distribute: every rank computes all experts."
+            "@use_experts_implementation, so they cannot be distributed over ranks"
         )
-    return f"{model_type!r} has no experts in this configuration: it is a dense model."
+    return f"{model_type!r} with this configuration is a dense model, it has no experts to distribute"
 
 
 def ep_plan(model: nn.Module) -> dict[str, str]:

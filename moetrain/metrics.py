@@ -277,7 +277,7 @@ class Prometheus:
                 "metrics.prometheus_port to the first of as many free ports as there are ranks, or to 0 for any free "
                 "ones, or leave it out"
             ) from error
-        self.port: int = self._server.server_port
+        self.address, self.port = str(self._server.server_address[0]), self._server.server_port
 
     def step(self, record: StepRecord) -> None:
         self._step_seconds.observe(record.step_seconds)

@@ -20,6 +20,7 @@ from torch.optim.adamw import adamw
 from torch.optim.lr_scheduler import LambdaLR
 
 from moetrain.config import OptimConfig
+from moetrain.families import experts_modules
 
 logger = logging.getLogger(__name__)
 
@@ -343,9 +344,9 @@ def _resolve_states(states: str, parameters: list[nn.Parameter]) -> States:
 def _decayed(model: nn.Module) -> set[nn.Parameter]:
     """Parameters that weight decay applies to."""
     decayed, embeddings = set(), set()
+    experts = {module for _, module in experts_modules(model)}
     for module in model.modules():
-        # experts are stacked: the first dimension counts them
-        stacked = hasattr(module, "is_transposed") and hasattr(module, "has_gate")
+        stacked = module in experts  # the first dimension of their parameters counts them
         for parameter in module.parameters(recurse=False):
             if isinstance(module, nn.Embedding):
                 embeddings.add(parameter)
@@ -374,7 +375,7 @@ def _sum_of_squares(tensors: list[Tensor], like: Tensor) -> Tensor:
         return torch.zeros_like(like)
     if like.device.type == "cpu":
         # the CPU sums in order: 2e-3 off for 50M elements in one piece, and fp64 sums take 10 times as long
-        tensors = [piece for tensor in tensors for piece in [tensor]]
+        tensors = [piece for tensor in tensors for piece in tensor.reshape(-1).split(2**16)]
     norms = torch.stack(torch._foreach_norm(tensors, 2.0, dtype=torch.float32))
     return norms.to(like.dtype).square().sum()
 

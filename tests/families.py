@@ -26,7 +26,6 @@ TINY: dict[str, Any] = {
     "pad_token_id": 0,
     "bos_token_id": 1,
     "eos_token_id": 2,
-    "tie_word_embeddings": False,
     # width and depth
     "num_hidden_layers": 2,
     "hidden_size": HIDDEN,
@@ -211,7 +210,14 @@ FAMILIES: dict[str, Callable[[], PretrainedConfig]] = {
     "inkling2_text": lambda: tiny(
         "inkling2_text", layer_types=["hybrid_sliding", "hybrid"], unpadded_vocab_size=VOCAB, **INKLING
     ),
-    "inkling_text": lambda: tiny("inkling_text", num_hidden_layers=3, local_layer_ids=[0], dense_mlp_idx=1, **INKLING),
+    "inkling_text": lambda: tiny(
+        "inkling_text",
+        num_hidden_layers=3,
+        local_layer_ids=[0],
+        dense_mlp_idx=1,
+        logits_mup_width_multiplier=2.0,
+        **INKLING,
+    ),
     "jamba": lambda: tiny("jamba", attn_layer_period=2, attn_layer_offset=1, mamba_d_state=8, use_mamba_kernels=False),
     "kimi_linear": lambda: tiny("kimi_linear", linear_head_dim=16, linear_num_heads=4, **LINEAR, **MLA),
     "kolibri1": lambda: tiny("kolibri1", **SLIDING),

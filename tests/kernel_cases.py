@@ -23,6 +23,9 @@ from moetrain.kernels.grouped import add_row_bias_, expert_sum, row_bias_backwar
 from moetrain.kernels.permute import permute_ref, permute_rows, sum_rows, unpermute_reduce_ref
 from moetrain.kernels.routing import route_sort, route_sort_ref
 
+Layer = Callable[[list[torch.Tensor], torch.Tensor, ExpertWeights, Activation], torch.Tensor]
+"""Forward of a layer: leaves [x, top_k_weights, parameters...], choices, the parameters, activation."""
+
 ACTIVATIONS = {
     "silu": Activation("silu"),
     "gelu_tanh": Activation("gelu_tanh"),
@@ -187,7 +190,7 @@ def check_layer(
     transposed: bool,
     dtype: torch.dtype,
     device: str,
-    forward: Callable[[list[torch.Tensor], torch.Tensor, ExpertWeights, Activation], torch.Tensor],
+    forward: Layer,
 ) -> None:
     """Output and every gradient of a layer against the loop over experts in float64; twice the same bits."""
     leaves, index, grad, weights = layer_case(name, routing, bias, transposed, dtype, device)

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM as PlainAutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 
 from moetrain import AutoModelForCausalLM
+from moetrain.auto import correct_time_step_limit
 from moetrain.optim import clip_grad_norm
 from tests.families import batch, build
 
@@ -62,7 +63,7 @@ def parity_of(rank: int, world_size: int, family: str, layout: dict[str, Any], f
     config = DistributedConfig(**layout)
     sharded = AutoModelForCausalLM.from_pretrained(
         folder / "plain", dtype=torch.float32, distributed_config=config
-    ).train()
+    ).train(plain.training)
 
     # load -> save is compared before any gradient: what is read is what is written
     sharded.save_pretrained(folder / "sharded")
@@ -71,6 +72,7 @@ def parity_of(rank: int, world_size: int, family: str, layout: dict[str, Any], f
 
     batches = [batch(seed) for seed in range(world_size)]
     plain.set_experts_implementation("eager")
+    correct_time_step_limit(plain)  # the one deliberate difference from plain Transformers
     reference = plain(**{k: torch.cat([b[k] for b in batches]) for k in batches[0]}, use_cache=False)
     reference.loss.backward()
     output = sharded(**batches[rank], use_cache=False)

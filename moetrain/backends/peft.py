@@ -1,4 +1,4 @@
-"""LoRA on experts that are spread over ranks (PEFT's `target_parameters`).
+"""LoRA on experts that are spread over ranks (PEFT's `target_parameters`), and on layers of a sharded model.
 
 PEFT adds `scaling * lhs @ rhs` to the whole stack of experts, [E, ...], before the experts run. Here the stack is a
 DTensor and each rank holds the rows of its own experts, so the factors are handed to the experts' arithmetic, which
@@ -18,6 +18,8 @@ from torch.distributed.tensor import DTensor
 
 _FACTORS = "_lora_factors"
 _OFFSET = "_first_local_expert"
+_DATA_AXES = {"dp_replicate", "fsdp"}
+"""Axes over which a layer's weight is stored in parts and used whole."""
 
 
 def support_sharded_experts(experts: nn.Module, first_local_expert: int) -> None:
@@ -32,25 +34,39 @@ def adapted(experts: nn.Module, name: str) -> Tensor:
     weight: Tensor = getattr(experts, name)
     for lhs, rhs, scaling in getattr(experts, _FACTORS, {}).get(name, ()):
         local = slice(getattr(experts, _OFFSET), getattr(experts, _OFFSET) + weight.shape[0])
-        weight = torch.baddbmm(weight, lhs[local], rhs[local], alpha=scaling)
+        # the sum keeps the weight's type, as in PEFT: autocast would round the weight to bf16 before the update
+        with torch.autocast(weight.device.type, enabled=False):
+            weight = torch.baddbmm(weight, lhs[local], rhs[local], alpha=scaling)
     return weight
 
 
 def _install() -> None:
-    """Teach PEFT's wrapper of a parameter about DTensors. Plain tensors keep its own way."""
-    from peft.tuners.lora.layer import ParamWrapper
+    """Teach PEFT's LoRA about DTensors, once. Plain tensors keep its own way."""
+    from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 
-    original = ParamWrapper._activate_lora
-    if getattr(original, "_knows_dtensors", False):
+    if getattr(ParamWrapper._activate_lora, "_knows_dtensors", False):
         return
+    ParamWrapper._activate_lora = _activate_sharded(ParamWrapper._activate_lora)
+    ParamWrapper.merge = _merge_whole(ParamWrapper.merge)
+    LoraLayer._get_in_out_features = _whole_features(LoraLayer._get_in_out_features)
+
+
+def _activate_sharded(original: Any) -> Any:
+    """`ParamWrapper._activate_lora`, which lends the adapters to the parameter during a forward."""
 
     @contextlib.contextmanager
     def activate(self: Any, active_adapters: list[str]) -> Iterator[None]:
-        experts = self.get_base_layer()
-        if not isinstance(self.get_param(), DTensor) or not hasattr(experts, _OFFSET):
+        experts, parameter = self.get_base_layer(), self.get_param()
+        if not isinstance(parameter, DTensor):
             with original(self, active_adapters):
                 yield
             return
+        if not hasattr(experts, _OFFSET) or parameter.ndim != 3:
+            raise ValueError(
+                f"target_parameters cannot adapt {type(experts).__name__}.{self.parameter_name}, a sharded parameter "
+                f"of shape {tuple(parameter.shape)}: only stacks of expert matrices, as in 'experts.down_proj'. "
+                "Reach linear layers through target_modules."
+            )
         factors = [self.get_delta_factors(name) for name in active_adapters if name in self.lora_A]
         table = experts.__dict__.setdefault(_FACTORS, {})
         table[self.parameter_name] = factors
@@ -60,4 +76,32 @@ def _install() -> None:
             del table[self.parameter_name]
 
     activate._knows_dtensors = True  # type: ignore[attr-defined]
-    ParamWrapper._activate_lora = activate
+    return activate
+
+
+def _merge_whole(original: Any) -> Any:
+    """`ParamWrapper.merge`, which adds the update into the parameter for good."""
+
+    def merge(self: Any, *args: Any, **kwargs: Any) -> None:
+        if isinstance(self.get_param(), DTensor):
+            raise ValueError(
+                "an adapter cannot be merged into sharded experts: save the adapter, load it on the plain model with "
+                "peft.PeftModel.from_pretrained in one process, and call merge_and_unload() there"
+            )
+        original(self, *args, **kwargs)
+
+    return merge
+
+
+def _whole_features(original: Any) -> Any:
+    """`LoraLayer._get_in_out_features`. PEFT 0.21 takes the local shape on the mesh of FSDP with replicas."""
+
+    def features(self: Any, module: nn.Module) -> tuple[int, int] | tuple[None, None]:
+        if isinstance(module, nn.Linear) and isinstance(module.weight, DTensor):
+            axes = set(module.weight.device_mesh.mesh_dim_names or ())
+            if axes and axes <= _DATA_AXES:
+                return module.in_features, module.out_features
+        found: tuple[int, int] | tuple[None, None] = original(self, module)
+        return found
+
+    return features

@@ -118,7 +118,6 @@ def _measure_limits() -> dict[str, tuple[float, float, str]]:
     source = torch.empty(2**30, dtype=torch.bfloat16, device="cuda").normal_()
     target = torch.empty_like(source)
     copy_ms = graph_milliseconds(lambda: target.copy_(source))
-    del source, target
     a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     gemm_ms = graph_milliseconds(lambda: a @ b)
     return {

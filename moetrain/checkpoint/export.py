@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import copy
 import json
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,12 +21,12 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.dynamic_module_utils import custom_object_save
 
-from .agree import gather, rank, share, together, world_size
-from .commit import fsync_file, publish, stage
+from .agree import gather, rank, together
+from .commit import fsync_file, publish, staged
 from .dropped import Dropped
 from .format import ShardWriter, read_range, tensor_bytes
 from .manifest import Progress, hash_file, write_manifest
-from .plan import Group, Piece, Plan, PlannedFile, RowRange, build_plan, group_conversions, saved_names
+from .plan import Piece, Plan, PlannedFile, RowRange, build_plan, group_conversions, saved_names
 from .source import INDEX_FILE
 
 MAX_SHARD_BYTES = 5 * 10**9
@@ -69,7 +68,7 @@ class ModelWeights:
         tensor = self._tensors[name]
         if not isinstance(tensor, DTensor):
             return (0, tensor.shape[0]) if tensor.ndim else None
-        if not holds_one_block(tensor) or any(p.is_shard() and p.dim != 0 for p in tensor.placements):
+        if not holds_one_block(tensor) or any(getattr(p, "dim", 0) != 0 for p in tensor.placements):
             return None
         shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
         return offset[0], offset[0] + shape[0]
@@ -145,7 +144,7 @@ def save_model_files(model: PreTrainedModel, directory: Path, tokenizer: Any = N
     config.dtype = str(model.dtype).removeprefix("torch.")
     config.architectures = [type(model).__name__.removeprefix("FSDP")]
     if model.is_remote_code():
-        custom_object_save(model, directory, config=config)
+        custom_object_save(model, directory, config=config)  # type: ignore[arg-type]
     config.save_pretrained(directory)
     if model.can_generate():
         model.generation_config.save_pretrained(directory)
@@ -170,20 +169,16 @@ def export(
     with together():
         if extra is not None:
             extra.check()
-        if rank() == 0:
-            staging = stage(target)
-            _check_space(staging, plan.nbytes)
-    staging = share(staging if rank() == 0 else None)
-    digests = _write_pieces(model, weights, plan, extra, staging, progress)
-    with together():
-        if rank() == 0:
-            _check_files(staging, plan.files)
-            write_model_files(staging)
-            if len(plan.files) > 1:
-                _write_index(staging, plan, model.num_parameters())
-            digests |= _finish_small_files(staging, digests)
-            write_manifest(staging, digests)
-            publish(staging, target)
+    with staged(target, plan.nbytes) as staging:
+        digests = _write_pieces(model, weights, plan, extra, staging, progress)
+        with together():
+            if rank() == 0:
+                _check_files(staging, plan.files)
+                write_model_files(staging)
+                if len(plan.files) > 1:
+                    _write_index(staging, plan, model.num_parameters())
+                write_manifest(staging, digests | finish_small_files(staging, digests))
+                publish(staging, target)
 
 
 def _write_pieces(
@@ -285,12 +280,6 @@ class _FileStream:
             self._progress(self._done, self._total)
 
 
-def _check_space(directory: Path, needed: int) -> None:
-    free = shutil.disk_usage(directory).free
-    if free < needed:
-        raise OSError(f"{directory} needs {needed / 1e9:.3g} GB, but its disk has {free / 1e9:.3g} GB free")
-
-
 def _check_files(staging: Path, files: tuple[PlannedFile, ...]) -> None:
     """Every rank's files are visible here, which they are not when the ranks write to disks of their own."""
     for file in files:
@@ -306,7 +295,7 @@ def _write_index(staging: Path, plan: Plan, parameters: int) -> None:
     (staging / INDEX_FILE).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _finish_small_files(staging: Path, digests: dict[str, str]) -> dict[str, str]:
+def finish_small_files(staging: Path, digests: Mapping[str, str]) -> dict[str, str]:
     """Bring the files without a digest yet to the disk; their digests."""
     found = [path for path in staging.rglob("*") if path.is_file()]
     small = {str(path.relative_to(staging)): path for path in found if str(path.relative_to(staging)) not in digests}

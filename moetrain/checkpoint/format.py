@@ -84,7 +84,7 @@ def spec_of(name: str, tensor: torch.Tensor) -> TensorSpec:
 
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:
     """The bytes of a CPU tensor in row-major order."""
-    return memoryview(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return memoryview(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:
@@ -153,7 +153,7 @@ def _check_cover(path: Path, tensors: dict[str, TensorInfo], data_start: int, si
 
 
 def build_header(tensors: Iterable[TensorSpec]) -> bytes:
-    """Length prefix and header of a file that holds `tensors` in this order, padded to 8 bytes as the reference does."""
+    """Length prefix and header of a file that holds `tensors` in this order, padded to 8 bytes as usual."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     position = 0
     for spec in tensors:

@@ -25,11 +25,13 @@ def hash_file(path: Path) -> str:
 
 
 def write_manifest(directory: Path, digests: Mapping[str, str]) -> None:
-    """Write the manifest of `directory` from {file: SHA-256 in hex} and bring it to the disk."""
-    with (directory / MANIFEST).open("w", encoding="utf-8") as file:
+    """Write the manifest of `directory` from {file: SHA-256 in hex}: whole and on the disk, or not at all."""
+    draft = directory / (MANIFEST + ".draft")
+    with draft.open("w", encoding="utf-8") as file:
         file.writelines(f"{digest}  {name}\n" for name, digest in sorted(digests.items()))
         file.flush()
         os.fsync(file.fileno())
+    os.replace(draft, directory / MANIFEST)
 
 
 def read_manifest(directory: Path) -> dict[str, str]:

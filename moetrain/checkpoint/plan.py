@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -133,7 +134,7 @@ def group_conversions(model: PreTrainedModel, tensors: Mapping[str, torch.Tensor
 
 def conversion_record(model: PreTrainedModel) -> list[str] | None:
     """The conversions that loading used, as text; None for a model that was not loaded from a checkpoint."""
-    used = getattr(model, "_weight_conversions", None)
+    used: Any = getattr(model, "_weight_conversions", None)
     return None if used is None else [repr(conversion) for conversion in used]
 
 
@@ -144,7 +145,7 @@ def apply_conversion_record(model: PreTrainedModel, record: list[str] | None) ->
     known = {repr(conversion): conversion for conversion in get_model_conversion_mapping(model)}
     if unknown := [text for text in record if text not in known]:
         raise ValueError(f"{type(model).__name__}: this version of Transformers lacks the conversion {unknown[0]}")
-    model._weight_conversions = [known[text] for text in record]
+    model._weight_conversions = [known[text] for text in record]  # type: ignore[assignment]
 
 
 def build_plan(
@@ -176,11 +177,11 @@ def build_plan(
 
 def _reversed_converters(model: PreTrainedModel) -> list[WeightConverter]:
     """The converters that `revert_weight_conversion` uses."""
-    conversions: list[WeightTransform] | None = getattr(model, "_weight_conversions", None)
+    conversions: Any = getattr(model, "_weight_conversions", None)
     if conversions is None:
         known = get_model_conversion_mapping(model, add_legacy=False)
         conversions = [entry for entry in known if not isinstance(entry, PrefixChange)]
-    transforms = [conversion.reverse_transform() for conversion in reversed(conversions)]
+    transforms: list[WeightTransform] = [conversion.reverse_transform() for conversion in reversed(conversions)]
     return [transform for transform in transforms if isinstance(transform, WeightConverter)]
 
 

@@ -45,7 +45,7 @@ class CheckpointInfo:
 
 
 def check_checkpoint(path: str | Path) -> CheckpointInfo:
-    """Check a Hugging Face model directory without reading a tensor; collective, each rank reads a share of the headers.
+    """Check a Hugging Face model directory without reading tensors; collective, each rank reads some of the headers.
 
     Files named by the index exist and are whole, headers are valid and cover their files exactly, index and files name
     the same tensors. Only safetensors is read: pickles (`*.bin`, `*.pt`, ...) can run code and are never opened.

@@ -4,8 +4,7 @@ DCP plans which rank writes which part of a tensor and how another layout reads 
 the index, which makes a training checkpoint a file that runs code when read, or build each rank's file in memory. This
 one streams tensors into files that `format.py` checks and `manifest.py` hashes.
 
-A file holds a part under `<tensor>` when it is the whole, else under `<tensor>@<offsets>`. A tensor subclass, such as
-torchao's 8-bit optimizer state, is stored as its inner tensors, `<part>#<attribute>`.
+A file holds a part under `<tensor>` when it is the whole, else under `<tensor>@<offsets>`.
 """
 
 from __future__ import annotations
@@ -13,7 +12,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,17 +78,22 @@ def read_index(directory: Path) -> dict[str, StoredTensor]:
         raise ValueError(f"{path} is missing or corrupt: {error!r}") from None
 
 
-def read_tensor(directory: Path, stored: StoredTensor) -> torch.Tensor:
-    """A whole tensor, put together from its parts on the CPU."""
-    full = torch.empty(stored.shape, dtype=TORCH_DTYPES[stored.dtype])
+def read_tensor(directory: Path, stored: StoredTensor, rows: tuple[int, int] | None = None) -> torch.Tensor:
+    """A whole tensor, or rows [start, stop) of its dimension 0, put together from its parts on the CPU."""
+    start, stop = rows if rows is not None else (0, stored.shape[0] if stored.shape else 0)
+    shape = (stop - start, *stored.shape[1:]) if stored.shape else ()
+    result = torch.empty(shape, dtype=TORCH_DTYPES[stored.dtype])
     for part in stored.parts:
         with safe_open(directory / part.file, framework="pt") as file:
-            _block(full, part.offsets, part.sizes).copy_(file.get_tensor(part.key))
-    return full
-
-
-def _block(tensor: torch.Tensor, offsets: Sequence[int], sizes: Sequence[int]) -> torch.Tensor:
-    return tensor[tuple(slice(o, o + n) for o, n in zip(offsets, sizes, strict=True))]
+            if not stored.shape:
+                result.copy_(file.get_tensor(part.key))
+                break
+            first, last = max(start, part.offsets[0]), min(stop, part.offsets[0] + part.sizes[0])
+            if first < last:
+                inner = tuple(slice(o, o + n) for o, n in zip(part.offsets[1:], part.sizes[1:], strict=True))
+                block = file.get_slice(part.key)[first - part.offsets[0] : last - part.offsets[0]]
+                result[(slice(first - start, last - start), *inner)] = block
+    return result
 
 
 class TensorWriter(StorageWriter):
@@ -119,12 +122,11 @@ class TensorWriter(StorageWriter):
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         tensors = {_key_of(item): _resolve(planner, item) for item in plan.items}
-        inner = {name: tensor for key, value in tensors.items() for name, tensor in _flatten(key, value)}
-        specs = [spec_of(name, tensor) for name, tensor in inner.items()]
+        specs = [spec_of(name, tensor) for name, tensor in tensors.items()]
         specs.sort(key=lambda spec: -DTYPE_BITS[spec.dtype])
         if specs:
-            self._write(specs, inner)
-        results = [self._result(item, tensors[_key_of(item)]) for item in plan.items]
+            self._write(specs, tensors)
+        results = [self._result(item) for item in plan.items]
         done: Future[list[WriteResult]] = Future()
         done.set_result(results)
         return done
@@ -135,12 +137,12 @@ class TensorWriter(StorageWriter):
             writer.append(spec.name, [tensor_bytes(tensors[spec.name].cpu())])
         self.digests[self._file] = writer.close()
 
-    def _result(self, item: WriteItem, tensor: torch.Tensor) -> WriteResult:
+    def _result(self, item: WriteItem) -> WriteResult:
         assert item.tensor_data is not None
         chunk = item.tensor_data.chunk
         part = Part(tuple(chunk.offsets), tuple(chunk.sizes), self._file, _key_of(item))
-        # The index of a replicated tensor has no offset, that of a shard does; the part has one in both cases.
-        return WriteResult(index=item.index, size_in_bytes=tensor.numel() * tensor.element_size(), storage_data=part)
+        size = chunk.sizes.numel() * item.tensor_data.properties.dtype.itemsize
+        return WriteResult(index=item.index, size_in_bytes=size, storage_data=part)
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         """On the first rank: write the index."""
@@ -222,29 +224,6 @@ def _resolve(planner: SavePlanner, item: WriteItem) -> torch.Tensor:
     return tensor.detach()
 
 
-def _is_wrapper(tensor: torch.Tensor) -> bool:
-    return type(tensor) not in (torch.Tensor, torch.nn.Parameter) and hasattr(tensor, "__tensor_flatten__")
-
-
-def _flatten(key: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
-    """The tensors to store for `tensor`: itself, or the inner tensors of a wrapper subclass."""
-    if not _is_wrapper(tensor):
-        yield key, tensor
-        return
-    attributes, _ = tensor.__tensor_flatten__()  # type: ignore[attr-defined]
-    for attribute in attributes:
-        yield from _flatten(f"{key}#{attribute}", getattr(tensor, attribute))
-
-
 def _read_into(file: Any, item: ReadItem, part: Part, target: torch.Tensor) -> None:
-    if not _is_wrapper(target):
-        slices = tuple(slice(o, o + n) for o, n in zip(item.storage_offsets, item.lengths, strict=True))
-        target.copy_(file.get_slice(part.key)[slices] if slices else file.get_tensor(part.key))
-        return
-    if tuple(item.lengths) != part.sizes or tuple(target.shape) != part.sizes:
-        raise ValueError(
-            f"{item.dest_index.fqn} is stored quantised in blocks, which cannot be divided anew: resume on the layout "
-            "that wrote the checkpoint, or start with fresh optimizer states from an export"
-        )
-    for name, tensor in _flatten(part.key, target):
-        tensor.copy_(file.get_tensor(name))
+    slices = tuple(slice(o, o + n) for o, n in zip(item.storage_offsets, item.lengths, strict=True))
+    target.copy_(file.get_slice(part.key)[slices] if slices else file.get_tensor(part.key))

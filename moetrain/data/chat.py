@@ -241,14 +241,15 @@ class _Chat:
     def _marked(self, count: int) -> list[Span]:
         """Ranges inside `{% generation %}`. (`return_assistant_tokens_mask` of Transformers marks everything up to the
         end of the chat where such a range ends in a blank, so the ranges are turned into tokens here.)"""
-        _, (spans,) = render_jinja_template(
+        special: dict[str, Any] = self.tokenizer.special_tokens_map
+        rendered: Any = render_jinja_template(  # annotated as text, returns texts and ranges
             conversations=[self.messages[:count]],
             tools=self.tools,
             chat_template=self.template,
             return_assistant_tokens_mask=True,
-            **self.tokenizer.special_tokens_map,
+            **special,
         )
-        return [tuple(span) for span in spans]
+        return list(rendered[1][0])
 
 
 def _common_prefix(a: str, b: str) -> int:

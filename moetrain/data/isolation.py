@@ -22,6 +22,7 @@ from contextvars import ContextVar
 from importlib.util import find_spec
 from itertools import pairwise
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -84,6 +85,8 @@ def _boundaries(values: list[int]) -> list[int]:
 # Transformers and receive no reference to the model.
 _running: ContextVar[Documents | None] = ContextVar("moetrain_documents", default=None)
 
+_isolated: WeakSet[nn.Module] = WeakSet()
+
 
 def packing_support(model: PreTrainedModel) -> str | None:
     """Why `model` cannot keep the documents of a packed row apart; None when `isolate_documents` makes it exact."""
@@ -117,12 +120,12 @@ def isolate_documents(model: PreTrainedModel) -> PreTrainedModel:
     Raises:
         ValueError: the family or its attention implementation cannot do it; see `packing_support`.
     """
+    if model in _isolated:
+        return model
     if reason := packing_support(model):
         raise ValueError(f"{reason}. Set data.packing=false, or data.document_mask=false to let documents mix")
-    if hasattr(model, "documents_in_flight"):
-        return model
+    _isolated.add(model)
     documents = Documents()
-    model.documents_in_flight = documents
     flash = "flash" in (model.config.get_text_config()._attn_implementation or "")
 
     def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -191,7 +194,8 @@ def _join(parts: list[Any], documents: Documents) -> Tensor | None:
     for part, (_, start, end) in zip(parts, documents.spans, strict=True):
         if not isinstance(part, Tensor) or part.shape[:2] != (1, end - start):
             return None
-    return torch.cat(parts, dim=1).unflatten(1, documents.seq_idx_BS.shape).squeeze(0)
+    joined: Tensor = torch.cat(parts, dim=1)
+    return joined.reshape(*documents.seq_idx_BS.shape, *joined.shape[2:])
 
 
 def _kernels_take_seq_idx(mixer: nn.Module) -> bool:

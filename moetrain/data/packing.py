@@ -19,6 +19,8 @@ from torch import Tensor
 
 from moetrain.data.tokens import TokenFile
 
+Row = list[tuple[NDArray[np.int64], NDArray[np.bool_]]]  # the documents of a row: token ids and loss flags
+
 IGNORE = -100  # label that carries no loss, in Transformers
 WINDOW = 8192  # pieces sorted together
 OPEN_ROWS = 1024  # rows with space left that are searched
@@ -85,9 +87,10 @@ def best_fit(lengths: NDArray[np.int64], seq_len: int, seed: int = 0) -> NDArray
 class RowPlan:
     """Which pieces of a token file make up each row."""
 
-    def __init__(self, file: TokenFile, pieces: Pieces, rows: NDArray[np.int64]) -> None:
+    def __init__(self, file: TokenFile, pieces: Pieces, rows: NDArray[np.int64], num_label_tokens: int) -> None:
         order = np.argsort(rows, kind="stable")
         self.file = file
+        self.num_label_tokens = num_label_tokens
         self.pieces = Pieces(*(column[order] for column in pieces))
         self.num_rows = int(rows.max()) + 1 if len(rows) else 0
         self._first = np.searchsorted(rows[order], np.arange(self.num_rows + 1))
@@ -96,7 +99,7 @@ class RowPlan:
     def num_tokens(self) -> int:
         return int(self.pieces.length.sum())
 
-    def documents_of(self, row: int) -> list[tuple[NDArray[np.int64], NDArray[np.bool_]]]:
+    def documents_of(self, row: int) -> Row:
         """Token ids (int64) and loss flags (bool) of the documents of a row."""
         run = range(int(self._first[row]), int(self._first[row + 1]))
         document, start, length = self.pieces
@@ -109,14 +112,14 @@ def plan_rows(file: TokenFile, pieces: Pieces, seq_len: int, packing: bool) -> R
     The first token of a piece never carries loss: nothing of its document predicts it.
     """
     pieces = cut(pieces, seq_len) if packing else truncate(pieces, seq_len)
-    keep = file.labels_in(pieces.document, pieces.start + 1, pieces.length - 1) > 0
-    pieces = Pieces(*(column[keep] for column in pieces))
+    labels = file.labels_in(pieces.document, pieces.start + 1, pieces.length - 1)
+    pieces = Pieces(*(column[labels > 0] for column in pieces))
     rows = best_fit(pieces.length, seq_len) if packing else np.arange(len(pieces.length))
-    return RowPlan(file, pieces, rows)
+    return RowPlan(file, pieces, rows, int(labels[labels > 0].sum()))
 
 
 def collate(
-    rows: list[list[tuple[NDArray[np.int64], NDArray[np.bool_]]]],
+    rows: list[Row],
     seq_len: int,
     pad_id: int,
     *,

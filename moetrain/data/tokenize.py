@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -15,7 +16,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from transformers import PreTrainedTokenizerBase
 
 from moetrain.config import DataConfig, Source
@@ -39,7 +40,7 @@ def apply_chat_template_file(config: DataConfig, tokenizer: PreTrainedTokenizerB
 
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, config: Any) -> None:
-    """Raise ValueError when the tokenizer has ids that the model (a Transformers configuration) has no embedding for."""
+    """Raise ValueError when the tokenizer has ids without an embedding in the model of a Transformers configuration."""
     vocab_size = config.get_text_config().vocab_size
     largest = max(tokenizer.get_vocab().values(), default=-1)
     if largest >= vocab_size:
@@ -84,7 +85,7 @@ def open_source(
     """
     files = find_files(source)
     if any(file.format == "tokens" for file in files):
-        return [_open_tokens(file, tokenizer) for file in files]
+        return [_open_tokens(file, config, tokenizer) for file in files]
     path = cache_dir / f"{_slug(source)}-{_cache_key(source, config, files, tokenizer)}.tokens"
     if not first and not path.exists():
         time.sleep(1.0)
@@ -140,8 +141,8 @@ def tokenize_to_file(
         _progress_bar(source, files, progress) as bar,
     ):
         for size, documents in encoder.encode(chain([head], records)):
-            for ids, loss in documents:
-                writer.add(ids, loss)
+            for number, (ids, loss) in enumerate(documents):
+                writer.add(ids, loss, part=number > 0)
             bar.update(bar.task_ids[0], advance=size, documents=writer.num_documents, tokens=writer.num_tokens)
             if max_tokens is not None and writer.num_tokens >= max_tokens:
                 break
@@ -168,7 +169,7 @@ class _Encoder:
         self._chat: ChatEncoder | None = None
 
     def encode(self, records: Iterable[Record]) -> Iterator[tuple[float, list[Encoded]]]:
-        """Bytes of input and documents, batch by batch, in the order of the records."""
+        """Bytes of input and documents of each record, in order. Texts are encoded in batches, on all cores."""
         batch: list[Record] = []
         characters = 0
         for record in records:
@@ -186,7 +187,8 @@ class _Encoder:
 
     def _flush(self, batch: list[Record]) -> Iterator[tuple[float, list[Encoded]]]:
         if batch:
-            yield sum(record.size for record in batch), self._encode_texts([record.text or "" for record in batch])
+            documents = self._encode_texts([record.text or "" for record in batch])
+            yield from ((record.size, [document]) for record, document in zip(batch, documents, strict=True))
 
     def _encode_texts(self, texts: list[str]) -> list[Encoded]:
         eos = self.tokenizer.eos_token_id
@@ -227,10 +229,12 @@ def _nothing(source: Source, files: list[InputFile], bad: BadLines) -> str:
     return f"data source {source.path}: no documents in {len(files)} file(s){skipped}"
 
 
-def _open_tokens(file: InputFile, tokenizer: PreTrainedTokenizerBase) -> TokenFile:
+def _open_tokens(file: InputFile, config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> TokenFile:
     if file.format != "tokens":
         raise ValueError(f"data source {file.path}: token files and other files are mixed; make two sources")
-    tokens = TokenFile(file.path)
+    tokens = TokenFile(file.path, all_tokens=config.loss_on == "all")
+    if config.loss_on == "assistant" and not tokens.masked:
+        raise ValueError(f"data.loss_on=assistant needs chats, but {file.path} holds text; use auto or all")
     if tokens.header["tokenizer"] != tokenizer_fingerprint(tokenizer):
         raise ValueError(f"{file.path} was made with another tokenizer than the model's; tokenise the data again")
     if file.path.stat().st_size < _VERIFY_BELOW:
@@ -249,11 +253,13 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _cache_key(
-    source: Source, config: DataConfig, files: list[InputFile], tokenizer: PreTrainedTokenizerBase
-) -> str:
+def _cache_key(source: Source, config: DataConfig, files: list[InputFile], tokenizer: PreTrainedTokenizerBase) -> str:
     """Changes with the format, the tokenizer, the options that shape tokens, and name, size or time of any file."""
-    parts = [(file.path, part) for file in files for part in (sorted(file.path.rglob("*")) if file.path.is_dir() else [file.path])]
+    parts = [
+        (file.path, part)
+        for file in files
+        for part in (sorted(file.path.rglob("*")) if file.path.is_dir() else [file.path])
+    ]
     facts = [
         VERSION,
         tokenizer_fingerprint(tokenizer),
@@ -273,8 +279,15 @@ def _slug(source: Source) -> str:
 
 @contextmanager
 def _lock(path: Path) -> Iterator[None]:
-    """Hold an advisory file lock; the system releases it when the process ends, however it ends."""
+    """Hold an advisory file lock; the system releases it when the process ends, however it ends.
+
+    On file systems without locks nothing is held: every process then does the work, and the last file stays.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:
+            if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+                raise
         yield

@@ -16,6 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import uuid
 import zlib
 from array import array
 from pathlib import Path
@@ -44,7 +45,7 @@ class TokenWriter:
         self._ends = array("q")
         self._hashes = array("Q")
         self._checksum = 0
-        self._partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+        self._partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
         self._file: BinaryIO | None = None
 
     def __enter__(self) -> TokenWriter:
@@ -53,8 +54,12 @@ class TokenWriter:
         self._file.write(b"\0" * HEADER_BYTES)
         return self
 
-    def add(self, ids: NDArray[np.int64], loss: NDArray[np.bool_] | None = None) -> None:
-        """Append one document: int64 [n] ids, bool [n] loss flags (None: every token carries loss)."""
+    def add(self, ids: NDArray[np.int64], loss: NDArray[np.bool_] | None = None, *, part: bool = False) -> None:
+        """Append one document: int64 [n] ids, bool [n] loss flags (None: every token carries loss).
+
+        `part` marks a further part of what the document before it came from: it takes over its hash, so that both end
+        up on the same side of a split.
+        """
         assert self._file is not None and (loss is not None) == self.masked
         tokens = ids.astype(self.dtype)
         if loss is not None:
@@ -65,7 +70,8 @@ class TokenWriter:
         self.num_tokens += len(ids)
         self.num_label_tokens += len(ids) if loss is None else int(loss.sum())
         self._ends.append(self.num_tokens)
-        self._hashes.append(int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little"))
+        own = int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
+        self._hashes.append(self._hashes[-1] if part else own)
 
     def commit(self, facts: dict[str, Any]) -> None:
         """Write index and header, with `facts` (JSON) in it, and give the file its name."""
@@ -105,19 +111,19 @@ class TokenWriter:
 
 
 class TokenFile:
-    """A complete token file, opened for reading.
+    """A complete token file, opened for reading. `all_tokens` puts loss on every token, whatever is marked.
 
     Raises:
         ValueError: no token file, of another version, or damaged: the header and the index are checked by CRC-32, the
             tokens by size alone (`verify` reads them all).
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, all_tokens: bool = False) -> None:
         self.path = path
         self.header = _read_header(path)
         self.num_documents: int = self.header["documents"]
         self.num_tokens: int = self.header["tokens"]
-        self.masked: bool = self.header["masked"]
+        self.masked: bool = self.header["masked"] and not all_tokens
         dtype = np.dtype(self.header["dtype"]).newbyteorder("<")
         token_bytes = self.num_tokens * dtype.itemsize
         index_at = HEADER_BYTES + token_bytes + _padding(token_bytes)
@@ -136,9 +142,9 @@ class TokenFile:
         """Token ids (int64) and loss flags (bool) of a run of a document; a copy."""
         first = int(self.ends[document] - self.lengths[document]) + start
         tokens = self._tokens[first : first + length]
-        if not self.masked:
-            return tokens.astype(np.int64), np.ones(length, dtype=bool)
-        return (tokens & ~LOSS_BIT).astype(np.int64), (tokens & LOSS_BIT) != 0
+        ids = tokens & ~LOSS_BIT if self.header["masked"] else tokens
+        loss = (tokens & LOSS_BIT) != 0 if self.masked else np.ones(length, dtype=bool)
+        return ids.astype(np.int64), loss
 
     def labels_in(
         self, document: NDArray[np.int64], start: NDArray[np.int64], length: NDArray[np.int64]

@@ -255,15 +255,23 @@ def _f(x, alpha, KIND: tl.constexpr):  # type: ignore[no-untyped-def]
 
 @jit
 def _load_up(  # type: ignore[no-untyped-def]
-    up_RG, row_R1, inner, i_1I, mask_RI, GATED: tl.constexpr, INTERLEAVED: tl.constexpr
+    up_RG,
+    row_R1,
+    here_R1,
+    inner,
+    start,
+    GATED: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_I: tl.constexpr,
 ):
-    """Gate and up tiles in fp32 (both are up without a gate)."""
+    """Gate and up tiles in fp32, columns `start` to `start + BLOCK_I` of each (both are up without a gate)."""
+    i_1I = start + tl.arange(0, BLOCK_I)[None, :]
+    mask_RI = here_R1 & (i_1I < inner)
     if INTERLEAVED:
-        at_RI = row_R1 * (2 * inner) + 2 * i_1I
-        pair_RI2 = tl.load(
-            up_RG + at_RI[:, :, None] + tl.arange(0, 2)[None, None, :], mask=mask_RI[:, :, None], other=0.0
-        )
-        gate_RI, up_RI = tl.split(pair_RI2.to(tl.float32))
+        g_1G = 2 * start + tl.arange(0, 2 * BLOCK_I)[None, :]
+        pairs = tl.load(up_RG + row_R1 * (2 * inner) + g_1G, mask=here_R1 & (g_1G < 2 * inner), other=0.0)
+        gate_RI, up_RI = tl.split(pairs.to(tl.float32).reshape(BLOCK_R, BLOCK_I, 2))
     elif GATED:
         at_RI = row_R1 * (2 * inner) + i_1I
         gate_RI = tl.load(up_RG + at_RI, mask=mask_RI, other=0.0).to(tl.float32)
@@ -276,15 +284,27 @@ def _load_up(  # type: ignore[no-untyped-def]
 
 @jit
 def _store_up(  # type: ignore[no-untyped-def]
-    up_RG, gate_RI, up_RI, row_R1, inner, i_1I, mask_RI, GATED: tl.constexpr, INTERLEAVED: tl.constexpr
+    up_RG,
+    gate_RI,
+    up_RI,
+    row_R1,
+    here_R1,
+    inner,
+    start,
+    GATED: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_I: tl.constexpr,
 ):
     """The reverse of `_load_up`."""
+    i_1I = start + tl.arange(0, BLOCK_I)[None, :]
+    mask_RI = here_R1 & (i_1I < inner)
     gate_RI = gate_RI.to(up_RG.dtype.element_ty)
     up_RI = up_RI.to(up_RG.dtype.element_ty)
     if INTERLEAVED:
-        at_RI = row_R1 * (2 * inner) + 2 * i_1I
-        at_RI2 = at_RI[:, :, None] + tl.arange(0, 2)[None, None, :]
-        tl.store(up_RG + at_RI2, tl.join(gate_RI, up_RI), mask=mask_RI[:, :, None])
+        g_1G = 2 * start + tl.arange(0, 2 * BLOCK_I)[None, :]
+        pairs = tl.join(gate_RI, up_RI).reshape(BLOCK_R, 2 * BLOCK_I)
+        tl.store(up_RG + row_R1 * (2 * inner) + g_1G, pairs, mask=here_R1 & (g_1G < 2 * inner))
     elif GATED:
         at_RI = row_R1 * (2 * inner) + i_1I
         tl.store(up_RG + at_RI, gate_RI, mask=mask_RI)
@@ -330,12 +350,15 @@ def _activate(  # type: ignore[no-untyped-def]
     if bias_EG is not None:
         expert_R1 = experts_of(row_R, offsets_E, experts, PAD_E)[:, None]
     row_R1 = row_R[:, None].to(tl.int64)
+    here_R1 = row_R1 < used
     for start in range(0, inner, BLOCK_I):
         i_1I = start + tl.arange(0, BLOCK_I)[None, :]
-        mask_RI = (row_R1 < used) & (i_1I < inner)
-        gate_RI, up_RI = _load_up(up_RG, row_R1, inner, i_1I, mask_RI, GATED, INTERLEAVED)
+        mask_RI = here_R1 & (i_1I < inner)
+        gate_RI, up_RI = _load_up(up_RG, row_R1, here_R1, inner, start, GATED, INTERLEAVED, BLOCK_R, BLOCK_I)
         if bias_EG is not None:
-            gate_bias_RI, up_bias_RI = _load_up(bias_EG, expert_R1, inner, i_1I, mask_RI, GATED, INTERLEAVED)
+            gate_bias_RI, up_bias_RI = _load_up(
+                bias_EG, expert_R1, here_R1, inner, start, GATED, INTERLEAVED, BLOCK_R, BLOCK_I
+            )
             gate_RI += gate_bias_RI
             up_RI += up_bias_RI
         if GATED:
@@ -379,13 +402,16 @@ def _activate_backward(  # type: ignore[no-untyped-def]
     if bias_EG is not None:
         expert_R1 = experts_of(row_R, offsets_E, experts, PAD_E)[:, None]
     row_R1 = row_R[:, None].to(tl.int64)
+    here_R1 = row_R1 < used
     grad_weight_R = tl.zeros((BLOCK_R,), tl.float32)
     for start in range(0, inner, BLOCK_I):
         i_1I = start + tl.arange(0, BLOCK_I)[None, :]
-        mask_RI = (row_R1 < used) & (i_1I < inner)
-        gate_RI, up_RI = _load_up(up_RG, row_R1, inner, i_1I, mask_RI, GATED, INTERLEAVED)
+        mask_RI = here_R1 & (i_1I < inner)
+        gate_RI, up_RI = _load_up(up_RG, row_R1, here_R1, inner, start, GATED, INTERLEAVED, BLOCK_R, BLOCK_I)
         if bias_EG is not None:
-            gate_bias_RI, up_bias_RI = _load_up(bias_EG, expert_R1, inner, i_1I, mask_RI, GATED, INTERLEAVED)
+            gate_bias_RI, up_bias_RI = _load_up(
+                bias_EG, expert_R1, here_R1, inner, start, GATED, INTERLEAVED, BLOCK_R, BLOCK_I
+            )
             gate_RI += gate_bias_RI
             up_RI += up_bias_RI
         g_RI = tl.load(grad_RI + row_R1 * inner + i_1I, mask=mask_RI, other=0.0).to(tl.float32)
@@ -399,7 +425,19 @@ def _activate_backward(  # type: ignore[no-untyped-def]
             value_RI, slope_RI = _f(up_RI, alpha, KIND)
             grad_up_RI = g_RI * weight_R1 * slope_RI
             grad_gate_RI = grad_up_RI
-        _store_up(grad_up_RG, grad_gate_RI, grad_up_RI, row_R1, inner, i_1I, mask_RI, GATED, INTERLEAVED)
+        _store_up(
+            grad_up_RG,
+            grad_gate_RI,
+            grad_up_RI,
+            row_R1,
+            here_R1,
+            inner,
+            start,
+            GATED,
+            INTERLEAVED,
+            BLOCK_R,
+            BLOCK_I,
+        )
         out = (value_RI * weight_R1).to(out_RI.dtype.element_ty)
         tl.store(out_RI + row_R1 * inner + i_1I, out, mask=mask_RI)
         grad_weight_R += tl.sum(g_RI * value_RI, 1)

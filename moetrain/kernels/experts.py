@@ -130,6 +130,8 @@ def _plain_rows(
     expert_R = row_experts(offsets_E, num_rows)
     up_RG = grouped_mm(rows_RH, up, offsets_E).masked_fill(unused_R1, 0.0)
     act_RI = activation(up_RG if up_bias is None else up_RG + up_bias[expert_R])
+    # the backward of a grouped product leaves these rows unwritten too, and up_bias would sum them
+    act_RI = act_RI.masked_fill(unused_R1, 0.0)
     out_RH = grouped_mm(act_RI, down, offsets_E).masked_fill(unused_R1, 0.0)
     out_RH = out_RH if down_bias is None else out_RH + down_bias[expert_R]
     return out_RH * weights_R.masked_fill(unused_R1[:, 0], 0.0)[:, None].to(out_RH.dtype)

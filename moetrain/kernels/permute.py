@@ -172,7 +172,7 @@ def _scatter_tokens(  # type: ignore[no-untyped-def]
     for k in tl.static_range(TOP_K):
         row = tl.load(row_TK + token * TOP_K + k).to(tl.int64)
         tl.store(rows_RH + row * hidden + h, x_H, mask=(h < hidden) & (row >= 0))
-        if weights_TK is not None:
+        if weights_TK is not None:  # noqa: SIM102 - decided at compile time
             if (row >= 0) & (tl.program_id(1) == 0):
                 tl.store(weights_R + row, tl.load(weights_TK + token * TOP_K + k).to(tl.float32))
 
@@ -188,7 +188,7 @@ def _sum_rows(  # type: ignore[no-untyped-def]
     for k in tl.static_range(TOP_K):
         row = tl.load(row_TK + token * TOP_K + k).to(tl.int64)
         sum_H += tl.load(rows_RH + row * hidden + h, mask=(h < hidden) & (row >= 0), other=0.0).to(tl.float32)
-        if weights_R is not None:
+        if weights_R is not None:  # noqa: SIM102 - decided at compile time
             if tl.program_id(1) == 0:
                 weight = tl.load(weights_R + row, mask=row >= 0, other=0.0)
                 tl.store(weights_TK + token * TOP_K + k, weight)

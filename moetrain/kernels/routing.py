@@ -146,7 +146,7 @@ def _place_slots(  # type: ignore[no-untyped-def]
     PAD_E: tl.constexpr,
     CHUNK_E: tl.constexpr,
 ):
-    """Row of each slot = rows of smaller experts + its expert's slots in earlier tiles + those before it in its tile."""
+    """Row of a slot = rows of smaller experts + its expert's slots in earlier tiles + those before it in this tile."""
     tile = tl.program_id(0)
     slot = tile * TILE + tl.arange(0, TILE)
     expert = tl.load(index_N + slot, mask=slot < slots, other=-1).to(tl.int32)

@@ -26,7 +26,9 @@ def interpreter_under_new_numpy(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("kind", cases.ROUTINGS)
-@pytest.mark.parametrize(("tokens", "top_k", "experts", "capacity"), [(70, 3, 5, None), (64, 2, 130, 100), (1, 1, 1, 4)])
+@pytest.mark.parametrize(
+    ("tokens", "top_k", "experts", "capacity"), [(70, 3, 5, None), (64, 2, 130, 100), (1, 1, 1, 4)]
+)
 def test_route_sort(kind: str, tokens: int, top_k: int, experts: int, capacity: int | None) -> None:
     cases.check_route_sort(kind, tokens, top_k, experts, capacity, "cpu")
 

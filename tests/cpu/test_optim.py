@@ -188,7 +188,7 @@ def test_matrices_without_a_block_stay_exact_and_are_named(caplog: pytest.LogCap
 
 def test_decay_is_for_matrices_of_an_expert_and_not_for_embeddings() -> None:
     class Experts(nn.Module):
-        is_transposed, has_gate = False, True
+        is_transposed, has_gate, num_experts = False, True, 4
 
         def __init__(self) -> None:
             super().__init__()

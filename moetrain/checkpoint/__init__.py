@@ -1,0 +1,31 @@
+"""Checkpoints: checked before a run, written during it, exported after it.
+
+source.py      a model directory is checked before a run
+dropped.py     weights that Transformers does not load, kept for the export
+export.py      a sharded model becomes a Hugging Face checkpoint       (plan.py: who writes what)
+state.py       training checkpoints, to resume from                    (storage.py, rng.py)
+export_run.py  a training checkpoint becomes a Hugging Face checkpoint
+commit.py      how a directory appears at once, complete               (manifest.py: SHA-256 of its files)
+format.py      the safetensors file format
+"""
+
+from .dropped import Dropped, find_dropped
+from .export import save_hf
+from .export_run import export_run
+from .source import CheckpointInfo, check_checkpoint, verify_checksums
+from .state import TrainState, find_latest, load_state, prune, save_state
+
+__all__ = [
+    "CheckpointInfo",
+    "Dropped",
+    "TrainState",
+    "check_checkpoint",
+    "export_run",
+    "find_dropped",
+    "find_latest",
+    "load_state",
+    "prune",
+    "save_hf",
+    "save_state",
+    "verify_checksums",
+]

@@ -1,0 +1,110 @@
+"""`moetrain train --dry-run`: check all that can be checked before a process starts, and say what would happen."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+from rich import get_console
+from rich.markup import escape
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
+
+from moetrain import families, mesh
+from moetrain.checkpoint import check_checkpoint
+from moetrain.config import CreateConfig, DataConfig, RunConfig, Source
+from moetrain.data.sources import STDLIB, find_files
+from moetrain.data.tokenize import check_vocabulary
+from moetrain.launcher import num_processes
+
+
+def dry_run(config: RunConfig) -> None:
+    """Check output directory, layout, model files, vocabulary and data files; print one line for each. Writes nothing.
+
+    Raises:
+        ValueError: the first of them that would stop the run.
+    """
+    world = int(os.environ.get("WORLD_SIZE", "0")) or num_processes(config)
+    _say("output", _output(Path(config.output_dir)))
+    model, text = _model(config)
+    _say("model", text)
+    _say("layout", _layout(config, world, model))
+    _say("data", _data(config.data))
+    rows = world * config.data.batch_size * config.train.grad_accum
+    tokens = rows * config.data.seq_len
+    _say("step", f"{rows} rows of {config.data.seq_len:,} = {tokens:,} tokens")
+    _say("run", f"{config.train.steps:,} steps, {tokens * config.train.steps:,} tokens")
+
+
+def _say(name: str, text: str) -> None:
+    get_console().print(f"[green]ok[/] [bold]{name:<8}[/]{escape(text)}", soft_wrap=True)
+
+
+def _output(output_dir: Path) -> str:
+    existing = next(path for path in (output_dir, *output_dir.absolute().parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise ValueError(f"output_dir {output_dir} cannot be written: {existing} is not a directory that takes files")
+    return f"{output_dir} " + ("exists" if output_dir.is_dir() else "will be made")
+
+
+def _model(config: RunConfig) -> tuple[PreTrainedModel, str]:
+    """The model on the meta device, without memory for its weights, and what it says."""
+    path = config.model.path
+    code = {"trust_remote_code": config.model.trust_remote_code}
+    if config.model.create is not None and not (Path(path) / "config.json").is_file():
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(_config_to_create(config.model.create))
+        return model, f"{path} will be made: {_size(model)}, random weights"
+    model_config = AutoConfig.from_pretrained(path, **code)
+    check_vocabulary(AutoTokenizer.from_pretrained(path, **code), model_config)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(model_config, **code)
+    if not Path(path).is_dir():
+        return model, f"{path} from the hub: {_size(model)}; its weights were not looked at"
+    info = check_checkpoint(path)
+    return model, f"{path}: {_size(model)}, {info.nbytes / 2**30:.2f} GiB in {_files(len(info.sizes))}, headers whole"
+
+
+def _size(model: PreTrainedModel) -> str:
+    return f"{model.config.model_type} of {model.num_parameters() / 1e6:,.1f} M parameters"
+
+
+def _config_to_create(create: CreateConfig) -> PretrainedConfig:
+    raw = {"vocab_size": create.vocab_size} | create.config
+    if "model_type" not in raw:
+        raise ValueError("model.create.config needs a model_type, such as qwen3_moe")
+    return AutoConfig.for_model(raw.pop("model_type"), **raw)
+
+
+def _layout(config: RunConfig, world: int, model: PreTrainedModel) -> str:
+    parallel = config.parallel
+    layout = mesh.layout(world, parallel.ep_size, parallel.dp_replicate_size)
+    shards = f"{world} processes: dp_replicate {parallel.dp_replicate_size} x fsdp {layout.fsdp_size}"
+    if parallel.ep_size == 1:
+        return shards
+    if reason := families.fallback_reason(model):
+        return f"{shards}, no expert parallelism: {reason}"
+    families.check_supported(model.config)
+    counts = {int(module.num_experts) for _, module in families.experts_modules(model)}
+    for count in counts:
+        mesh.check_ep_divides(count, parallel.ep_size, layout.fsdp_size)
+    experts = " or ".join(f"{count // parallel.ep_size} of {count}" for count in sorted(counts))
+    return f"{shards}, ep {parallel.ep_size}: a rank holds {experts} experts of a layer"
+
+
+def _data(data: DataConfig) -> str:
+    train = _sources(data.train)
+    if data.validation is None:
+        return f"{train}; {data.validation_fraction:.0%} of it for validation"
+    return f"{train}; validation: {_sources(data.validation)}"
+
+
+def _sources(sources: list[Source]) -> str:
+    files = [file for source in sources for file in find_files(source)]
+    size = sum(file.path.stat().st_size for file in files)
+    names = ", ".join("Python's standard library" if source.path == STDLIB else source.path for source in sources)
+    return f"{names}: {_files(len(files))}, {size / 1e6:,.1f} MB"
+
+
+def _files(count: int) -> str:
+    return f"{count:,} file{'' if count == 1 else 's'}"

@@ -1,0 +1,178 @@
+"""Ranks' work for the tests of the auto classes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+from transformers import AutoConfig, Qwen3Config
+from transformers import AutoModelForCausalLM as PlainAutoModelForCausalLM
+from transformers.distributed.sharding_utils import DtensorShardOperation
+
+from moetrain import AutoModelForCausalLM, DistributedConfig
+from moetrain.parallelize import checkpoint_activations
+from tests.families import FAMILIES, batch, build
+
+
+def save_plain(rank: int, family: str, folder: str, dtype: torch.dtype = torch.float32) -> Any:
+    plain = build(family).to(dtype)
+    if rank == 0:
+        plain.save_pretrained(folder)
+    dist.barrier()
+    return plain
+
+
+def load(folder: str, dtype: torch.dtype = torch.float32, **layout: Any) -> Any:
+    config = DistributedConfig(**layout)
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, distributed_config=config).train()
+
+
+def full(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def bytes_read(rank: int, world_size: int, folder: str) -> dict[str, int]:
+    """Elements that this rank took from the checkpoint, of experts and of the rest, and those of the whole model."""
+    plain = save_plain(rank, "qwen3_moe", folder)
+    taken = {"experts": 0, "dense": 0}
+    original = DtensorShardOperation.shard_tensor
+
+    def counted(self: Any, source: Any, *args: Any, **kwargs: Any) -> Any:
+        piece = original(self, source, *args, **kwargs)
+        if piece is not None:
+            taken["experts" if "ep" in (self.device_mesh.mesh_dim_names or ()) else "dense"] += piece.numel()
+        return piece
+
+    DtensorShardOperation.shard_tensor = counted
+    try:
+        load(folder, fsdp_size=world_size, ep_size=world_size)
+    finally:
+        DtensorShardOperation.shard_tensor = original
+    sizes = {name: parameter.numel() for name, parameter in plain.named_parameters()}
+    taken["all_experts"] = sum(size for name, size in sizes.items() if ".experts." in name)
+    taken["all_dense"] = sum(size for name, size in sizes.items() if ".experts." not in name)
+    return taken
+
+
+def random_model(rank: int, world_size: int, family: str, layout: dict[str, Any]) -> dict[str, Any]:
+    """A sharded model made from its configuration alone; what its weights look like."""
+    torch.manual_seed(3)
+    config = FAMILIES[family]()
+    model = AutoModelForCausalLM.from_config(
+        config, dtype=torch.float32, distributed_config=DistributedConfig(**layout)
+    )
+    loss = model(**batch(rank), use_cache=False).loss
+    loss.backward()
+    torch.manual_seed(3)
+    plain = PlainAutoModelForCausalLM.from_config(FAMILIES[family](), dtype=torch.float32)
+    spread = {}
+    for name, parameter in model.named_parameters():
+        expected, got = plain.get_parameter(name), full(parameter)
+        spread[name] = (got.float().std().item(), expected.float().std().item(), got.numel())
+    experts = next(p for name, p in model.named_parameters() if "experts" in name and name.endswith("down_proj"))
+    return {
+        "loss": loss.item(),
+        "on_meta": [name for name, tensor in model.state_dict().items() if tensor.is_meta],
+        "local": sum((p.to_local() if isinstance(p, DTensor) else p).numel() for p in model.parameters()),
+        "total": sum(p.numel() for p in plain.parameters()),
+        "spread": spread,
+        "expert_sums": full(experts).flatten(1).sum(1).tolist(),
+        "dense_shard_sum": sum(
+            p.to_local().double().sum().item() for n, p in model.named_parameters() if "experts" not in n
+        ),
+        "buffers": {n: (full(b) - plain.get_buffer(n)).abs().max().item() for n, b in model.named_buffers()},
+    }
+
+
+def checkpointed(rank: int, world_size: int, folder: str) -> dict[str, Any]:
+    """Gradients and the number of exchanges of each mode of activation checkpointing."""
+    save_plain(rank, "qwen3_moe", folder)
+    exchanges = 0
+    original = dist.all_to_all_single
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        nonlocal exchanges
+        exchanges += 1
+        return original(*args, **kwargs)
+
+    results = {}
+    dist.all_to_all_single = counted
+    try:
+        for mode in ("none", "full", "selective"):
+            model = load(folder, fsdp_size=world_size, ep_size=world_size)
+            checkpoint_activations(model, mode)
+            exchanges = 0
+            model(**batch(rank), use_cache=False).loss.backward()
+            results[mode] = (exchanges, {name: full(p.grad) for name, p in model.named_parameters()})
+    finally:
+        dist.all_to_all_single = original
+    reference = results["none"][1]
+    return {
+        mode: (count, max((grads[name] - reference[name]).abs().max().item() for name in reference))
+        for mode, (count, grads) in results.items()
+    }
+
+
+def dense_fallback(rank: int, world_size: int, folder: str) -> dict[str, Any]:
+    """A dense model asked for expert parallelism: gradients against one process, and what was sharded how."""
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=128, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8,
+    )  # fmt: skip
+    plain = PlainAutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    if rank == 0:
+        plain.save_pretrained(folder)
+    dist.barrier()
+    model = load(folder, fsdp_size=world_size, ep_size=world_size)
+    batches = [batch(seed) for seed in range(world_size)]
+    plain(**{k: torch.cat([b[k] for b in batches]) for k in batches[0]}, use_cache=False).loss.backward()
+    model(**batches[rank], use_cache=False).loss.backward()
+    ours = dict(model.named_parameters())
+    return {
+        "gradients": max((full(ours[n].grad) - p.grad).abs().max().item() for n, p in plain.named_parameters()),
+        "sharded": all(isinstance(p, DTensor) for p in ours.values()),
+        "ep_size": model.config.distributed_config.ep_size,
+    }
+
+
+def bf16_parity(rank: int, world_size: int, families: list[str], folder: str) -> dict[str, tuple[float, float]]:
+    """Distance of sharded bf16 from fp32, and of plain bf16 from fp32: largest relative gradient norm difference."""
+    results = {}
+    for family in families:
+        where = str(Path(folder) / family.replace("+", "_"))
+        plain = save_plain(rank, family, where)
+        sharded = load(where, torch.bfloat16, fsdp_size=world_size, ep_size=world_size)
+        rounded = build(family).to(torch.bfloat16)
+        batches = [batch(seed) for seed in range(world_size)]
+        whole = {k: torch.cat([b[k] for b in batches]) for k in batches[0]}
+        for model, inputs in ((plain, whole), (rounded, whole), (sharded, batches[rank])):
+            model(**inputs, use_cache=False).loss.backward()
+        exact = {n: p.grad for n, p in plain.named_parameters() if p.grad is not None}
+        results[family] = tuple(
+            _distance(exact, {n: full(p.grad).float() for n, p in model.named_parameters() if p.grad is not None})
+            for model in (sharded, rounded)
+        )
+    return results
+
+
+def _distance(exact: dict[str, torch.Tensor], got: dict[str, torch.Tensor]) -> float:
+    error = sum((got[name] - exact[name]).square().sum().item() for name in exact)
+    return float((error / sum(grad.square().sum().item() for grad in exact.values())) ** 0.5)
+
+
+def refuses(rank: int, world_size: int, folder: str) -> str:
+    """The message for an ep_size that does not divide the experts."""
+    if rank == 0:
+        config = AutoConfig.for_model("qwen3_moe", num_experts=9, num_hidden_layers=1, hidden_size=32, vocab_size=128)
+        config.save_pretrained(folder)
+        PlainAutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    dist.barrier()
+    try:
+        load(folder, fsdp_size=world_size, ep_size=world_size)
+    except ValueError as error:
+        return str(error)
+    return ""

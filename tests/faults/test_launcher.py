@@ -1,0 +1,259 @@
+"""Ranks of one machine: what they are told, how they end, and that none outlives the launcher."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from moetrain import launcher
+from moetrain.launcher import launch, rank_environment, run_local
+
+ROOT = Path(launcher.__file__).parents[1]
+PREAMBLE = """
+import json, os, pathlib, signal, sys, time
+rank = int(os.environ["RANK"])
+here = pathlib.Path(sys.argv[1])
+def publish(name, text=""):
+    (here / f"{name}-{rank}.tmp").write_text(str(text))
+    os.replace(here / f"{name}-{rank}.tmp", here / f"{name}-{rank}")
+"""
+SAVES_ON_SIGNAL = """
+received = []
+for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    signal.signal(signum, lambda number, frame: received.append(number))
+publish("pid", os.getpid())
+while not received: time.sleep(0.01)
+time.sleep(0.5)
+publish("signals", json.dumps(received))
+"""
+NEVER_ENDS = """
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+publish("pid", os.getpid())
+time.sleep(600)
+"""
+
+
+@pytest.fixture(autouse=True)
+def _outside_of_any_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE", "OMP_NUM_THREADS"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def command(folder: Path, body: str) -> list[str]:
+    script = folder / "rank.py"
+    script.write_text(PREAMBLE + body)
+    return [sys.executable, str(script), str(folder)]
+
+
+def read(folder: Path, name: str, ranks: int, seconds: float = 20.0) -> list[str]:
+    """What the ranks published under a name, as soon as all have."""
+    files = [folder / f"{name}-{rank}" for rank in range(ranks)]
+    deadline = time.monotonic() + seconds
+    while not all(file.exists() for file in files):
+        assert time.monotonic() < deadline, f"{[file.name for file in files if not file.exists()]} did not come"
+        time.sleep(0.02)
+    return [file.read_text() for file in files]
+
+
+def alive(pid: int) -> bool:
+    """Running, that is neither gone nor a zombie that waits for its parent."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def wait_until_gone(pids: list[int], seconds: float) -> list[int]:
+    deadline = time.monotonic() + seconds
+    while (left := [pid for pid in pids if alive(pid)]) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return left
+
+
+@pytest.fixture
+def started(tmp_path: Path) -> Iterator[list[subprocess.Popen[str]]]:
+    """Launchers that the test started; killed with their ranks at its end."""
+    processes: list[subprocess.Popen[str]] = []
+    yield processes
+    for process in processes:
+        process.kill()
+        process.wait()
+    for file in tmp_path.glob("pid-*"):
+        if alive(int(file.read_text())):
+            os.kill(int(file.read_text()), signal.SIGKILL)
+
+
+def start_launcher(folder: Path, body: str, ranks: int, started: list[subprocess.Popen[str]]) -> subprocess.Popen[str]:
+    call = f"run_local({command(folder, body)!r}, {ranks}, pathlib.Path({str(folder / 'logs')!r}))"
+    code = f"import pathlib, sys; from moetrain.launcher import run_local; sys.exit({call})"
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, text=True, stderr=subprocess.PIPE)
+    started.append(process)
+    return process
+
+
+def test_ranks_are_told_who_they_are(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    body = """
+names = ["RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS"]
+publish("told", json.dumps({name: os.environ[name] for name in names}))
+print(f"output of rank {rank}")
+print(f"errors of rank {rank}", file=sys.stderr)
+"""
+    assert run_local(command(tmp_path, body), 3, tmp_path / "logs") == 0
+    told = [json.loads(text) for text in read(tmp_path, "told", 3)]
+    for rank, variables in enumerate(told):
+        assert variables["RANK"] == variables["LOCAL_RANK"] == str(rank)
+        assert variables["WORLD_SIZE"] == variables["LOCAL_WORLD_SIZE"] == "3"
+        assert variables["MASTER_ADDR"] == "127.0.0.1"
+        assert variables["OMP_NUM_THREADS"] == str(max(1, len(os.sched_getaffinity(0)) // 3))
+    assert len({variables["MASTER_PORT"] for variables in told}) == 1
+    printed = capfd.readouterr()
+    assert printed.out == "output of rank 0\n" and printed.err == "errors of rank 0\n"
+    assert (tmp_path / "logs" / "rank-2.log").read_text() == "output of rank 2\nerrors of rank 2\n"
+    assert not (tmp_path / "logs" / "rank-0.log").exists()
+
+
+def test_a_later_run_keeps_the_log(tmp_path: Path) -> None:
+    for _ in range(2):
+        run_local(command(tmp_path, "print('hello')"), 2, tmp_path / "logs")
+    assert (tmp_path / "logs" / "rank-1.log").read_text() == "hello\nhello\n"
+
+
+def test_threads_chosen_by_the_user_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    assert rank_environment(0, 2, 1)["OMP_NUM_THREADS"] == "7"
+
+
+def test_dead_rank_stops_the_others_and_is_named(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    body = """
+publish("pid", os.getpid())
+if rank == 1:
+    while not all((here / f"pid-{other}").exists() for other in range(3)): time.sleep(0.01)
+    print("the reason"); sys.exit(5)
+time.sleep(600)
+"""
+    begin = time.monotonic()
+    assert run_local(command(tmp_path, body), 3, tmp_path / "logs") == 5
+    assert time.monotonic() - begin < 10
+    assert wait_until_gone([int(pid) for pid in read(tmp_path, "pid", 3)], 0) == []
+    errors = capfd.readouterr().err
+    assert "rank 1 ended with exit code 5; the other ranks were stopped" in errors
+    assert "last lines of rank 1" in errors and "  the reason\n" in errors
+
+
+def test_ranks_that_ignore_sigterm_are_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(launcher, "OWN_EXIT_SECONDS", 0.2)
+    monkeypatch.setattr(launcher, "TERM_SECONDS", 0.2)
+    body = NEVER_ENDS.replace("time.sleep(600)", "time.sleep(0.3 if rank == 2 else 600)\nos.kill(os.getpid(), 9)")
+    assert run_local(command(tmp_path, body), 3, tmp_path / "logs") == 128 + signal.SIGKILL
+    assert wait_until_gone([int(pid) for pid in read(tmp_path, "pid", 3)], 0) == []
+    assert "rank 2 was killed by SIGKILL" in capfd.readouterr().err
+
+
+def test_error_that_rank_0_has_told_is_not_told_again(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert run_local(command(tmp_path, "print('mend this', file=sys.stderr); sys.exit(2)"), 2, tmp_path / "logs") == 2
+    assert capfd.readouterr().err == "mend this\n"
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_signal_reaches_each_rank_once(
+    tmp_path: Path, started: list[subprocess.Popen[str]], signum: signal.Signals
+) -> None:
+    process = start_launcher(tmp_path, SAVES_ON_SIGNAL, 2, started)
+    read(tmp_path, "pid", 2)
+    process.send_signal(signum)
+    if signum != signal.SIGINT:
+        time.sleep(0.1)
+        process.send_signal(signum)  # a scheduler may repeat itself
+    assert process.wait(timeout=10) == 0
+    assert [json.loads(text) for text in read(tmp_path, "signals", 2)] == [[signum], [signum]]
+
+
+def test_second_interrupt_kills(tmp_path: Path, started: list[subprocess.Popen[str]]) -> None:
+    process = start_launcher(tmp_path, NEVER_ENDS, 2, started)
+    pids = [int(pid) for pid in read(tmp_path, "pid", 2)]
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.3)
+    assert [alive(pid) for pid in pids] == [True, True]
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=5) == 130
+    assert wait_until_gone(pids, 0) == []
+
+
+def test_interrupt_before_training_listens(tmp_path: Path, started: list[subprocess.Popen[str]]) -> None:
+    process = start_launcher(
+        tmp_path, "signal.signal(2, signal.SIG_DFL); publish('pid', os.getpid()); time.sleep(600)", 2, started
+    )
+    read(tmp_path, "pid", 2)
+    time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=10)
+    assert process.returncode == 130
+    assert "stopped by SIGINT" in errors and "last lines" not in errors
+
+
+@pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGHUP])
+def test_no_rank_outlives_the_launcher(
+    tmp_path: Path, started: list[subprocess.Popen[str]], signum: signal.Signals
+) -> None:
+    process = start_launcher(tmp_path, NEVER_ENDS, 3, started)
+    pids = [int(pid) for pid in read(tmp_path, "pid", 3)]
+    assert all(alive(pid) for pid in pids)
+    process.send_signal(signum)
+    process.wait(timeout=5)
+    assert wait_until_gone(pids, 3) == []
+
+
+def test_children_of_a_rank_die_with_it(tmp_path: Path) -> None:
+    body = """
+import subprocess
+worker = subprocess.Popen(["sleep", "600"])
+publish("pid", worker.pid)
+while not all((here / f"pid-{other}").exists() for other in range(2)): time.sleep(0.01)
+os._exit(3 if rank == 1 else 0)
+"""
+    assert run_local(command(tmp_path, body), 2, tmp_path / "logs") == 3
+    assert wait_until_gone([int(pid) for pid in read(tmp_path, "pid", 2)], 2) == []
+
+
+def test_one_rank_that_is_told_to_stop_stops_all_at_the_same_step(
+    tmp_path: Path, started: list[subprocess.Popen[str]]
+) -> None:
+    body = """
+import torch.distributed as dist
+from moetrain.guard import Guard
+dist.init_process_group("gloo")
+guard, step = Guard(here, rank), 0
+while not guard.should_stop():
+    step += 1
+    if step == 3: publish("pid", os.getpid())
+    time.sleep(0.02 * (1 + rank))
+publish("stopped", json.dumps([step, guard.signalled]))
+guard.close()
+dist.destroy_process_group()
+"""
+    process = start_launcher(tmp_path, f"sys.path.insert(0, {str(ROOT)!r})\n" + body, 2, started)
+    pids = read(tmp_path, "pid", 2, seconds=60)
+    os.kill(int(pids[1]), signal.SIGTERM)
+    assert process.wait(timeout=30) == 0
+    first, second = (json.loads(text) for text in read(tmp_path, "stopped", 2))
+    assert first == second
+    assert first[1] == "SIGTERM" and first[0] >= 3
+
+
+def test_wrong_configuration_starts_nothing(tmp_path: Path) -> None:
+    config = tmp_path / "run.yaml"
+    config.write_text(f"output_dir: {tmp_path}/out\nmodel: {{path: start}}\ntrain: {{steps: 1}}\ndata: {{train: []}}\n")
+    with pytest.raises(ValueError, match=r"data\.train: List should have at least 1 item"):
+        launch(str(config), processes=2)
+    assert not (tmp_path / "out").exists()
