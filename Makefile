@@ -22,7 +22,7 @@ train: $(VENV)/.ready ## Train a small MoE on the Python standard library's sour
 	$(BIN)/moetrain train configs/python_stdlib.yaml
 
 test: $(VENV)/.ready ## All tests that need no GPU
-	$(PYTEST) tests/cpu tests/dist tests/faults tests/golden
+	$(PYTEST) tests/cpu tests/dist tests/faults tests/golden -m 'not slow'
 
 check: $(VENV)/.ready ## Formatter, linter and type checker
 	$(BIN)/ruff format --check .
@@ -37,7 +37,7 @@ test-gpu: $(VENV)/.ready ## Tests on the GPUs of this machine
 	$(PYTEST) tests/gpu
 
 parity: $(VENV)/.ready ## Every supported family against plain Transformers on up to 8 ranks (slow)
-	$(PYTEST) tests/dist -m parity
+	$(PYTEST) tests/dist/test_parity.py
 
 lock: ## Resolve all dependencies anew and rewrite constraints.txt
 	rm -rf .lock && $(PYTHON) -m venv .lock

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import cast
 
 import torch
 from rich import get_console
@@ -85,7 +86,7 @@ def _layout(config: RunConfig, world: int, model: PreTrainedModel) -> str:
     if reason := families.fallback_reason(model):
         return f"{shards}, no expert parallelism: {reason}"
     families.check_supported(model.config)
-    counts = {int(module.num_experts) for _, module in families.experts_modules(model)}
+    counts = {cast(int, module.num_experts) for _, module in families.experts_modules(model)}
     for count in counts:
         mesh.check_ep_divides(count, parallel.ep_size, layout.fsdp_size)
     experts = " or ".join(f"{count // parallel.ep_size} of {count}" for count in sorted(counts))

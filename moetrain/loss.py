@@ -179,8 +179,10 @@ def torch_cross_entropy(
     scores_CV = logits_CV.float()
     if logit_scale != 1.0:
         scores_CV = scores_CV * logit_scale
+    bent_CV = None
     if softcap is not None:
-        scores_CV = softcap * torch.tanh(scores_CV / softcap)
+        bent_CV = torch.tanh(scores_CV / softcap)
+        scores_CV = softcap * bent_CV
     counts_C1 = (labels_C != IGNORED).unsqueeze(1)
     labels_C1 = labels_C.unsqueeze(1) * counts_C1
     log_sum_C1 = scores_CV.logsumexp(1, keepdim=True)
@@ -190,8 +192,8 @@ def torch_cross_entropy(
     grad_CV = torch.exp(scores_CV - log_sum_C1)
     grad_CV.scatter_add_(1, labels_C1, -torch.ones_like(log_sum_C1))
     grad_CV.mul_(counts_C1 * logit_scale)
-    if softcap is not None:
-        grad_CV.mul_(1 - (scores_CV / softcap).square_())
+    if bent_CV is not None:
+        grad_CV.mul_(1 - bent_CV.square_())
     return loss, grad_CV.to(logits_CV.dtype)
 
 

@@ -43,7 +43,7 @@ def write_report(run_dir: str | Path) -> Path:
     steps, evals = _by_step(records, "step"), _by_step(records, "eval")
     if not steps and not evals:
         raise ValueError(f"{metrics} holds no step yet")
-    about = next((record for record in reversed(records) if record["kind"] == "run"), {})
+    about: Record = next((record for record in reversed(records) if record["kind"] == "run"), {})
     vocab_size = about.get("vocab_size") or _vocab_size(run_dir)
     rows = _summary(steps, evals, about, vocab_size)
     title = str(about.get("run") or run_dir.resolve().name)
@@ -127,7 +127,7 @@ def _draw(path: Path, title: str, steps: list[Record], evals: list[Record], voca
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    style = {
+    style: dict[Any, Any] = {
         "font.size": 10,
         "text.color": INK,
         "axes.edgecolor": GRID,

@@ -10,9 +10,6 @@ sum of token losses times `dp_size / label_tokens`, and the sharded backward ave
 from __future__ import annotations
 
 import dataclasses
-import logging
-import math
-import os
 import resource
 import time
 from dataclasses import dataclass
@@ -23,18 +20,25 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM as PlainAutoModelForCausalLM
+from transformers import AutoTokenizer, PreTrainedModel
 
 from moetrain import mesh
 from moetrain.auto import AutoModelForCausalLM
-from moetrain.checkpoint import check_checkpoint, find_latest, load_state, prune, save_state
+from moetrain.checkpoint import (
+    check_checkpoint,
+    find_latest,
+    load_state,
+    prune,
+    save_hf,
+    save_state,
+    verify_checksums,
+)
 from moetrain.config import RunConfig
 from moetrain.create import create_checkpoint
-from moetrain.data import Data, Loader, build_data, read_texts
-from moetrain.data.packing import packing_support
-from moetrain.data.tokenizer import check_vocabulary
+from moetrain.data import Data, build_data, check_vocabulary, isolate_documents, training_texts
 from moetrain.guard import Guard, check_writable
-from moetrain.loss import install_loss
+from moetrain.loss import install_loss, without_logits
 from moetrain.metrics import EvalRecord, Metrics, StepRecord
 from moetrain.moe.balance import BiasUpdate, LoadStats, set_aux_loss
 from moetrain.moe.layer import ep_implementation
@@ -42,7 +46,6 @@ from moetrain.moe.router import set_gate
 from moetrain.optim import build_optimizer, build_scheduler, clip_grad_norm
 from moetrain.parallelize import checkpoint_activations
 
-logger = logging.getLogger(__name__)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -144,7 +147,7 @@ class Run:
         self.model.eval()
         total, tokens = torch.zeros((), device=self.device), 0
         one = torch.ones((), device=self.device)
-        with self.stats.paused():
+        with self.stats.paused(), without_logits(self.model):
             for batch in self.data.validation.rows(self.config.train.eval_rows):
                 total += self.model(**self.to_device(batch), num_items_in_batch=one, use_cache=False).loss
                 tokens += count_labels(batch)
@@ -162,17 +165,17 @@ class Run:
 
     def save(self, step: int) -> None:
         """Training checkpoint of all ranks, committed last, then the old ones go."""
-        folder = self.checkpoints
         save_state(
-            folder,
+            self.checkpoints,
             step,
             model=self.model,
             optimizer=self.optimizer,
             scheduler=self.scheduler,
             data_state=self.data.train.state_dict(),
             tokenizer=self.tokenizer,
+            dropped=self.model.dropped_weights,
         )
-        prune(folder, self.config.checkpoint.keep)
+        prune(self.checkpoints, self.config.checkpoint.keep)
         self.guard.beat(step)
 
     def resume(self) -> int:
@@ -191,9 +194,11 @@ class Run:
     def export(self) -> None:
         """Standard Hugging Face checkpoint, with its tokenizer."""
         out = self.output_dir / "model"
-        self.model.save_pretrained(out)
-        if mesh.rank() == 0:
-            self.tokenizer.save_pretrained(out)
+        save_hf(self.model, out, extra=self.model.dropped_weights, tokenizer=self.tokenizer)
+        prompt = self.config.train.sample_prompt
+        if prompt is not None and mesh.rank() == 0:
+            self.metrics.say(f"\nplain Transformers continues {prompt!r} from {out}:\n")
+            self.metrics.say(continue_text(out, prompt))
         barrier()
 
     def close(self) -> None:
@@ -231,17 +236,18 @@ def setup(config: RunConfig) -> Run:
         output_dir.mkdir(parents=True, exist_ok=True)
         check_writable(output_dir)
         if config.model.create is not None:
-            texts = read_texts(config.data.train, on_bad_line=config.data.on_bad_line)
+            texts = training_texts(config.data)
             create_checkpoint(Path(config.model.path), config.model.create, texts, config.train.seed)
     barrier()
-    check_checkpoint(config.model.path)
+    if Path(config.model.path).is_dir():
+        verify_checksums(check_checkpoint(config.model.path))
     torch.manual_seed(config.train.seed)
 
     tokenizer = AutoTokenizer.from_pretrained(config.model.path, trust_remote_code=config.model.trust_remote_code)
     model = build_model(config)
     check_vocabulary(tokenizer, model.config)
-    if config.data.packing and config.data.document_mask and (reason := packing_support(model)):
-        raise ValueError(f"{reason}; set data.document_mask=false or data.packing=false")
+    if config.data.packing and config.data.document_mask:
+        isolate_documents(model)
     data = build_data(
         config.data,
         tokenizer,
@@ -252,11 +258,19 @@ def setup(config: RunConfig) -> Run:
         progress=mesh.rank() == 0,
     )
 
-    say(install_loss(model, config.train.loss))
-    if config.balance.aux_loss_coef is not None:
-        say(set_aux_loss(model, config.balance.aux_loss_coef / config.train.grad_accum))
+    metrics = Metrics(
+        config.metrics,
+        output_dir,
+        mesh.rank(),
+        config.train.steps,
+        info={"vocab_size": len(tokenizer), "world_size": mesh.world_size(), "data": data.summary},
+    )
+    metrics.say(describe(model, data))
+    metrics.say(install_loss(model, config.train.loss))
+    metrics.say(set_aux_loss(model, config.balance.aux_loss_coef, config.train.grad_accum))
     set_gate(model, config.balance.gate)
     stats = LoadStats.attach(model)
+    rate = config.balance.bias_update_rate
     checkpoint_activations(model, config.model.activation_checkpointing)
     optimizer = build_optimizer(model, config.optim)
     return Run(
@@ -268,9 +282,9 @@ def setup(config: RunConfig) -> Run:
         optimizer=optimizer,
         scheduler=build_scheduler(optimizer, config.optim, config.train.steps),
         stats=stats,
-        bias_update=BiasUpdate(model, config.balance.bias_update_rate, stats) if config.balance.bias_update_rate else None,
-        guard=Guard(output_dir, mesh.rank(), hang_seconds=config.parallel.timeout_seconds),
-        metrics=Metrics(config.metrics, output_dir, mesh.rank(), config.train.steps),
+        bias_update=BiasUpdate(model, rate, stats) if rate else None,
+        guard=Guard(output_dir, mesh.rank(), hang_seconds=config.parallel.timeout_seconds / 2),
+        metrics=metrics,
     )
 
 
@@ -323,6 +337,25 @@ def barrier() -> None:
         dist.barrier()
 
 
-def say(message: str) -> None:
-    if mesh.rank() == 0:
-        logger.info(message)
+def describe(model: PreTrainedModel, data: Data) -> str:
+    """The run in two lines."""
+    config = getattr(model.config, "distributed_config", None)
+    ranks = f"{mesh.world_size()} ranks" if mesh.world_size() > 1 else "one process"
+    axes = f", ep={config.ep_size} fsdp={config.fsdp_size} replicas={config.dp_replicate_size}" if config else ""
+    train = data.summary["train"]
+    return (
+        f"{type(model).__name__}: {model.num_parameters() / 1e6:.1f} M parameters, {ranks}{axes}\n"
+        f"{train['documents']:,} documents, {train['tokens']:,} tokens, {train['rows']:,} rows for training"
+    )
+
+
+def continue_text(path: Path, prompt: str, max_new_tokens: int = 80) -> str:
+    """What the exported checkpoint writes after `prompt`, through plain Transformers in this process."""
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    model = PlainAutoModelForCausalLM.from_pretrained(path)
+    inputs = tokenizer(prompt, return_tensors="pt")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=True, temperature=0.7, top_k=40)
+    text: str = tokenizer.decode(output[0], skip_special_tokens=True)
+    return text

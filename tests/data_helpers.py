@@ -45,7 +45,9 @@ def write_jsonl(path: Path, rows: list[Any]) -> Path:
     return path
 
 
-def data(config: dict[str, Any], tmp_path: Path, *, rank: int = 0, ranks: int = 1, seed: int = 0, **tokenizer: Any) -> Data:
+def data(
+    config: dict[str, Any], tmp_path: Path, *, rank: int = 0, ranks: int = 1, seed: int = 0, **tokenizer: Any
+) -> Data:
     return build_data(
         DataConfig(**config),
         make_tokenizer(**tokenizer),

@@ -205,6 +205,8 @@ def check_layer(
         out = forward(leaves, index, weights(leaves), activation)
         runs.append((out.detach(), *torch.autograd.grad(out, leaves, grad)))
     limit = 3e-2 if dtype == torch.bfloat16 else 1e-4
+    if dtype == torch.bfloat16 and activation.limit < math.inf:
+        limit = 1e-1  # rounding moves values across the clamp, where the gradient jumps
     for i, (value, reference) in enumerate(zip(runs[0], (expected, *expected_gradients), strict=True)):
         assert relative_error(value, reference) <= limit, f"output {i}"
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))

@@ -19,6 +19,7 @@ import inspect
 import sys
 from collections.abc import Callable
 from contextvars import ContextVar
+from functools import cached_property
 from importlib.util import find_spec
 from itertools import pairwise
 from typing import Any
@@ -45,34 +46,25 @@ _FLASH_KWARGS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k
 
 
 class Documents:
-    """Where the documents of the batch in flight lie; shared by the layers of one model."""
+    """Where the documents of a batch lie. `seq_idx_BS` is equal inside a document, and different in the next one."""
 
-    def __init__(self) -> None:
-        self.seq_idx_BS: Tensor | None = None
-        self._spans: list[tuple[int, int, int]] | None = None
-
-    def set(self, seq_idx_BS: Tensor | None) -> None:
+    def __init__(self, seq_idx_BS: Tensor) -> None:
         self.seq_idx_BS = seq_idx_BS
-        self._spans = None
 
-    @property
+    @cached_property
     def spans(self) -> list[tuple[int, int, int]]:
         """(row, first token, one past the last token) of every document, in reading order. Reads the device once."""
-        assert self.seq_idx_BS is not None
-        if self._spans is None:
-            self._spans = [
-                (row, start, end)
-                for row, seq_idx_S in enumerate(self.seq_idx_BS.tolist())
-                for start, end in pairwise(_boundaries(seq_idx_S))
-            ]
-        return self._spans
+        return [
+            (row, start, end)
+            for row, seq_idx_S in enumerate(self.seq_idx_BS.tolist())
+            for start, end in pairwise(_boundaries(seq_idx_S))
+        ]
 
     def flash_kwargs(self) -> dict[str, Any]:
         """Cumulative document lengths over the flattened batch (int32), as flash attention takes them."""
-        assert self.seq_idx_BS is not None
         length = self.seq_idx_BS.shape[1]
-        starts = [row * length + start for row, start, _ in self.spans]
-        cumulative = torch.tensor([*starts, self.seq_idx_BS.numel()], dtype=torch.int32, device=self.seq_idx_BS.device)
+        ends = [row * length + end for row, _, end in self.spans]
+        cumulative = torch.tensor([0, *ends], dtype=torch.int32, device=self.seq_idx_BS.device)
         longest = max(end - start for _, start, end in self.spans)
         return dict(zip(_FLASH_KWARGS, (cumulative, cumulative, longest, longest), strict=True))
 
@@ -84,6 +76,13 @@ def _boundaries(values: list[int]) -> list[int]:
 # The documents of the model whose forward is running: mask functions are looked up by name in a table of
 # Transformers and receive no reference to the model.
 _running: ContextVar[Documents | None] = ContextVar("moetrain_documents", default=None)
+
+
+class _Latest:
+    """The documents of a model's latest forward. It outlives the forward: recomputation in the backward needs it."""
+
+    documents: Documents | None = None
+
 
 _isolated: WeakSet[nn.Module] = WeakSet()
 
@@ -125,27 +124,34 @@ def isolate_documents(model: PreTrainedModel) -> PreTrainedModel:
     if reason := packing_support(model):
         raise ValueError(f"{reason}. Set data.packing=false, or data.document_mask=false to let documents mix")
     _isolated.add(model)
-    documents = Documents()
+    latest = _Latest()
     flash = "flash" in (model.config.get_text_config()._attn_implementation or "")
 
     def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        documents.set(kwargs.pop("seq_idx", None))
-        if documents.seq_idx_BS is not None:
-            if kwargs.get("attention_mask") is not None:
+        seq_idx_BS = kwargs.get("seq_idx")
+        if seq_idx_BS is None:
+            latest.documents = _running.get()  # not None in a decoder whose outer model keeps seq_idx to itself
+        elif latest.documents is None or latest.documents.seq_idx_BS is not seq_idx_BS:
+            latest.documents = Documents(seq_idx_BS)
+        _running.set(latest.documents)
+        if latest.documents is not None:
+            if isinstance(kwargs.get("attention_mask"), Tensor):
                 raise ValueError("a packed batch has no attention_mask: its rows hold documents, not padding")
             kwargs["use_cache"] = False  # with a cache Transformers does not look for packed documents
             if flash:
-                kwargs.update(documents.flash_kwargs())
-        _running.set(documents if documents.seq_idx_BS is not None else None)
+                kwargs.update(latest.documents.flash_kwargs())
         return args, kwargs
 
     def leave(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        _running.set(None)  # `documents` itself stays: recomputation in the backward needs it
+        _running.set(None)
 
-    model.register_forward_pre_hook(enter, with_kwargs=True)
-    model.register_forward_hook(leave, with_kwargs=True, always_call=True)
-    for mixer in recurrent_mixers(model):
-        mixer.forward = functools.partial(_forward_per_document, mixer, mixer.forward, documents)
+    # Masks are made in the decoder, or around it in models that also see images; losses without logits call it alone.
+    decoder = model.get_decoder()
+    for module in {model, decoder}:
+        module.register_forward_pre_hook(enter, with_kwargs=True)
+        module.register_forward_hook(leave, with_kwargs=True, always_call=True)
+    for mixer in recurrent_mixers(decoder):
+        mixer.forward = functools.partial(_forward_per_document, mixer, mixer.forward, latest)
     _mask_by_document()
     return model
 
@@ -166,7 +172,7 @@ def _is_recurrent(module: nn.Module) -> bool:
 def _forward_per_document(
     mixer: nn.Module,
     forward: Callable[..., Any],
-    documents: Documents,
+    latest: _Latest,
     hidden_states: Tensor,
     *args: Any,
     **kwargs: Any,
@@ -177,7 +183,11 @@ def _forward_per_document(
     (such as a final state, meaningless over several documents) become None.
     """
     kwargs = {name: value for name, value in kwargs.items() if name not in _FLASH_KWARGS}
-    if documents.seq_idx_BS is None:
+    seq_idx_BS = kwargs.pop("seq_idx", None)
+    documents = latest.documents
+    if seq_idx_BS is not None and (documents is None or documents.seq_idx_BS is not seq_idx_BS):
+        documents = Documents(seq_idx_BS)  # a layer of an earlier forward, recomputed
+    if documents is None:
         return forward(hidden_states, *args, **kwargs)
     assert hidden_states.shape[:2] == documents.seq_idx_BS.shape, "seq_idx does not belong to this batch"
     if _kernels_take_seq_idx(mixer):
@@ -190,7 +200,6 @@ def _forward_per_document(
 
 def _join(parts: list[Any], documents: Documents) -> Tensor | None:
     """[1, s, ...] of each document -> [B, S, ...]; None for values without the axis of the tokens."""
-    assert documents.seq_idx_BS is not None
     for part, (_, start, end) in zip(parts, documents.spans, strict=True):
         if not isinstance(part, Tensor) or part.shape[:2] != (1, end - start):
             return None
@@ -216,7 +225,7 @@ def _mask_by_document() -> None:
 
 def _document_mask(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     documents = _running.get()
-    if documents is None or documents.seq_idx_BS is None:
+    if documents is None:
         return original(*args, **kwargs)
     seq_idx_BS = documents.seq_idx_BS
     if (kwargs["batch_size"], kwargs["q_length"], kwargs["kv_length"]) != (*seq_idx_BS.shape, seq_idx_BS.shape[1]):

@@ -54,18 +54,23 @@ def assert_isolated(model: PreTrainedModel, lengths: tuple[tuple[int, ...], ...]
     assert found.keys() == expected.keys()
     for name, gradient in expected.items():
         tolerance = 1e-5 * gradient.abs().max().item() + 1e-6
-        torch.testing.assert_close(found[name], gradient, rtol=0, atol=tolerance, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            found[name], gradient, rtol=0, atol=tolerance, msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
 @pytest.mark.parametrize(
     ("family", "attention"),
-    [(family, None) for family in FAMILIES] + [(family, "eager") for family in ("qwen3_moe", "nemotron_h", "qwen3_next")],
+    [(family, None) for family in FAMILIES]
+    + [(family, "eager") for family in ("qwen3_moe", "nemotron_h", "qwen3_next")],
 )
 def test_documents_of_a_packed_row_are_as_alone(family: str, attention: str | None) -> None:
     model = make(family, attention)
     if family in NO_DOCUMENT_MASK:
-        assert family.split("+")[0] in str(packing_support(model)) or model.config.model_type in str(packing_support(model))
-        with pytest.raises(ValueError, match="data.packing=false"):
+        assert family.split("+")[0] in str(packing_support(model)) or model.config.model_type in str(
+            packing_support(model)
+        )
+        with pytest.raises(ValueError, match="packing=false"):
             isolate_documents(model)
         return
     assert packing_support(model) is None
@@ -121,9 +126,7 @@ def test_another_model_is_not_masked_by_the_first() -> None:
 def test_flash_attention_gets_the_lengths_that_transformers_computes() -> None:
     """Over the whole batch: Transformers does so by itself for one row only."""
     _, batch = packed(((5, 7, 4), (9, 1, 6), (16,)))
-    documents = Documents()
-    documents.set(batch["seq_idx"])
-    found = documents.flash_kwargs()
+    found = Documents(batch["seq_idx"]).flash_kwargs()
     (cu_q, cu_k), (longest_q, longest_k) = prepare_fa_kwargs_from_position_ids(batch["position_ids"])
     assert torch.equal(found["cu_seq_lens_q"], cu_q) and torch.equal(found["cu_seq_lens_k"], cu_k)
     assert (found["max_length_q"], found["max_length_k"]) == (longest_q, longest_k)

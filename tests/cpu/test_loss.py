@@ -17,7 +17,7 @@ from moetrain.loss import (
     linear_cross_entropy_ref,
     without_logits,
 )
-from tests.families import FAMILIES, SAMPLED_ROUTING, batch, build
+from tests.families import FAMILIES, batch, build
 
 SMALL = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
 
@@ -141,8 +141,6 @@ def test_fused_equals_plain(family: str) -> None:
     kwargs = {"num_items_in_batch": torch.tensor(19)}
     plain = gradients(model, rows, **kwargs)
     assert "fused" in install_loss(model, "fused")
-    assert_same_in_training = model.training or family in SAMPLED_ROUTING
-    assert assert_same_in_training
     with without_logits(model):
         mine = gradients(model, rows, **kwargs)
     assert mine[0].logits is None
@@ -175,8 +173,6 @@ def test_normalisation_and_shifted_labels(items: Any, shifted: bool) -> None:
     plain = gradients(model, rows, **kwargs)
     install_loss(model, "fused")
     assert_same(gradients(model, rows, **kwargs), plain)
-    # Transformers' own head output, by position
-    assert_same(gradients(model, {"input_ids": rows["input_ids"], "labels": rows["labels"]}, **kwargs), plain)
 
 
 def test_auxiliary_loss_is_added() -> None:
@@ -253,8 +249,7 @@ def shifted_head(model: Any) -> None:
 
 
 def scale_in_place(model: Any) -> None:
-    real_loss = model.loss_function.__func__ if hasattr(model.loss_function, "__func__") else None
-    assert real_loss is None
+    """A model that changes its logits without a copy."""
     forward = type(model).forward
 
     class Scaled(type(model)):  # type: ignore[misc]
@@ -272,7 +267,7 @@ def own_loss(model: Any) -> None:
     model.loss_function = lambda logits, labels, vocab_size, **kwargs: logits.mean()
 
 
-def lora_head(model: Any) -> None:
+def wrapped_head(model: Any) -> None:
     model.lm_head = nn.Sequential(model.lm_head)
 
 
@@ -282,7 +277,7 @@ def lora_head(model: Any) -> None:
         (shifted_head, "more than a factor and a soft cap"),
         (scale_in_place, "writes into them"),
         (own_loss, "not ForCausalLMLoss"),
-        (lora_head, "not a plain nn.Linear"),
+        (wrapped_head, "not a plain nn.Linear"),
     ],
 )
 def test_models_that_do_not_fit_are_refused_or_left_plain(change: Any, reason: str) -> None:
