@@ -186,18 +186,7 @@ def finish(model: nn.Module, experts_implementation: str | None = None) -> None:
         _say(f"{reason}: plain Transformers" + (" with Liger's kernels" if apply_liger(model) else ""))
     elif experts_implementation is None:
         model.set_experts_implementation(NAME)
-    correct_time_step_limit(model)
-
-
-def correct_time_step_limit(model: nn.Module) -> None:
-    """Mamba-2 layers clamp their time step to the configuration's `time_step_limit`. Nemotron-H's class of
-    Transformers 5.23 takes `(time_step_min, inf)` instead, which moves its outputs away from the published model's
-    (huggingface/transformers#48989: KL 0.034 instead of 0.003)."""
-    limit = getattr(model.config, "time_step_limit", None)
-    if limit is not None:
-        for module in model.modules():
-            if hasattr(module, "time_step_limit"):
-                module.time_step_limit = tuple(limit)
+    families.correct_after_load(model)
 
 
 def _say(message: str) -> None:

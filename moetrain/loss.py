@@ -373,7 +373,7 @@ def _between_head_and_loss(model: PreTrainedModel) -> _Between | str:
     """
     vocabulary = model.get_output_embeddings().weight.shape[0]
     # linear part, soft-cap's bend, saturation, and ordinary values
-    magnitudes = torch.tensor([1e-2, 30.0, 1e6, 1.0])
+    magnitudes = torch.tensor([1e-4, 30.0, 1e6, 1.0])
     logits = torch.randn(1, 4, vocabulary, generator=torch.Generator().manual_seed(0)) * magnitudes[:, None]
     labels = torch.zeros(1, 4, dtype=torch.int64)
     total = torch.ones(1, 1, 1)
@@ -394,7 +394,7 @@ def _between_head_and_loss(model: PreTrainedModel) -> _Between | str:
     if torch.allclose(found, scale * given, rtol=1e-5):
         return _Between(_exact(scale), None)
     softcap = found[:, 2].abs().max().item()
-    if torch.allclose(found, softcap * torch.tanh(scale * given / softcap), rtol=1e-4, atol=1e-6):
+    if torch.allclose(found, softcap * torch.tanh(scale * given / softcap), rtol=1e-5):
         return _Between(_exact(scale), _exact(softcap))
     return "it changes its logits before the loss by more than a factor and a soft cap"
 

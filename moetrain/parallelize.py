@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.distributed.fsdp import FSDPModule
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 from transformers import PreTrainedModel
 from transformers.distributed import DistributedConfig
@@ -69,6 +70,13 @@ def checkpoint_activations(model: PreTrainedModel, mode: str) -> None:
     elif mode != "full":
         raise ValueError(f"unknown activation checkpointing {mode!r}; valid: none, full, selective")
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
+
+
+def reshard(model: PreTrainedModel) -> None:
+    """Free what a forward without a backward has left gathered, and give `parameters()` the shards back."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def _keep_communication(ctx: Any, op: torch._ops.OpOverload, *args: Any, **kwargs: Any) -> CheckpointPolicy:

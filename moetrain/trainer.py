@@ -44,7 +44,7 @@ from moetrain.moe.balance import BiasUpdate, LoadStats, set_aux_loss
 from moetrain.moe.layer import ep_implementation
 from moetrain.moe.router import set_gate
 from moetrain.optim import build_optimizer, build_scheduler, clip_grad_norm
-from moetrain.parallelize import checkpoint_activations
+from moetrain.parallelize import checkpoint_activations, reshard
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -152,6 +152,7 @@ class Run:
                 total += self.model(**self.to_device(batch), num_items_in_batch=one, use_cache=False).loss
                 tokens += count_labels(batch)
         self.model.train()
+        reshard(self.model)
         all_tokens = self.global_sum(tokens)
         loss = self.mean_over_ranks(total) * mesh.world_size() / max(all_tokens, 1.0)
         self.guard.beat(step)
@@ -344,7 +345,7 @@ def describe(model: PreTrainedModel, data: Data) -> str:
     axes = f", ep={config.ep_size} fsdp={config.fsdp_size} replicas={config.dp_replicate_size}" if config else ""
     train = data.summary["train"]
     return (
-        f"{type(model).__name__}: {model.num_parameters() / 1e6:.1f} M parameters, {ranks}{axes}\n"
+        f"{type(model).__name__.removeprefix('FSDP')}: {model.num_parameters() / 1e6:.1f} M parameters, {ranks}{axes}\n"
         f"{train['documents']:,} documents, {train['tokens']:,} tokens, {train['rows']:,} rows for training"
     )
 

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM as PlainAutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 
 from moetrain import AutoModelForCausalLM
-from moetrain.auto import correct_time_step_limit
+from moetrain.families import correct_after_load
 from moetrain.optim import clip_grad_norm
 from tests.families import batch, build
 
@@ -72,7 +72,7 @@ def parity_of(rank: int, world_size: int, family: str, layout: dict[str, Any], f
 
     batches = [batch(seed) for seed in range(world_size)]
     plain.set_experts_implementation("eager")
-    correct_time_step_limit(plain)  # the one deliberate difference from plain Transformers
+    correct_after_load(plain)  # the one deliberate difference from plain Transformers
     reference = plain(**{k: torch.cat([b[k] for b in batches]) for k in batches[0]}, use_cache=False)
     reference.loss.backward()
     output = sharded(**batches[rank], use_cache=False)

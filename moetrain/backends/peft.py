@@ -8,6 +8,7 @@ takes its slice of them. The adapter itself stays replicated and is saved as PEF
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 from collections.abc import Iterator
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.experimental import implicit_replication
 
 _FACTORS = "_lora_factors"
 _OFFSET = "_first_local_expert"
@@ -42,12 +44,14 @@ def adapted(experts: nn.Module, name: str) -> Tensor:
 
 def _install() -> None:
     """Teach PEFT's LoRA about DTensors, once. Plain tensors keep its own way."""
-    from peft.tuners.lora.layer import LoraLayer, ParamWrapper
+    from peft.tuners.lora.layer import Linear, LoraLayer, ParamWrapper
 
     if getattr(ParamWrapper._activate_lora, "_knows_dtensors", False):
         return
     ParamWrapper._activate_lora = _activate_sharded(ParamWrapper._activate_lora)
-    ParamWrapper.merge = _merge_whole(ParamWrapper.merge)
+    for layer in (Linear, ParamWrapper):
+        layer.merge = _merge_sharded(layer.merge)
+        layer.unmerge = _merge_sharded(layer.unmerge)
     LoraLayer._get_in_out_features = _whole_features(LoraLayer._get_in_out_features)
 
 
@@ -79,16 +83,13 @@ def _activate_sharded(original: Any) -> Any:
     return activate
 
 
-def _merge_whole(original: Any) -> Any:
-    """`ParamWrapper.merge`, which adds the update into the parameter for good."""
+def _merge_sharded(original: Any) -> Any:
+    """`merge` or `unmerge` of a layer: every rank has the whole update and takes the part its shard needs."""
 
-    def merge(self: Any, *args: Any, **kwargs: Any) -> None:
-        if isinstance(self.get_param(), DTensor):
-            raise ValueError(
-                "an adapter cannot be merged into sharded experts: save the adapter, load it on the plain model with "
-                "peft.PeftModel.from_pretrained in one process, and call merge_and_unload() there"
-            )
-        original(self, *args, **kwargs)
+    @functools.wraps(original)
+    def merge(*args: Any, **kwargs: Any) -> Any:
+        with implicit_replication():
+            return original(*args, **kwargs)
 
     return merge
 

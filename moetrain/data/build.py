@@ -188,6 +188,7 @@ def _source_summary(source: Source, files: list[TokenFile], stream: Stream, conf
     return {
         "path": source.path,
         "share": source.weight / weights,
+        "records": sum(file.header["records"] for file in files),
         "skipped_lines": sum(file.header["skipped_lines"] for file in files),
         "first_skipped": next((file.header["first_skipped"] for file in files if file.header["first_skipped"]), ""),
         **_counts([stream], config.seq_len),

@@ -74,7 +74,7 @@ class ChatEncoder:
         return [self._encode(document) for document in ([chat.whole()] if all_tokens else chat.documents())]
 
     def _encode(self, document: Rendered) -> Encoded:
-        """A token carries loss when it begins inside a span."""
+        """A token carries loss when any part of it lies in a span."""
         encoded = self.tokenizer(
             document.text,
             add_special_tokens=False,
@@ -83,10 +83,10 @@ class ChatEncoder:
             verbose=False,
         )
         ids = np.asarray(encoded["input_ids"], dtype=np.int64)
-        starts = np.asarray(encoded["offset_mapping"], dtype=np.int64).reshape(-1, 2)[:, 0]
+        starts, ends = np.asarray(encoded["offset_mapping"], dtype=np.int64).reshape(-1, 2).T
         loss = np.zeros(len(ids), dtype=bool)
         for start, end in document.spans:
-            loss |= (starts >= start) & (starts < end)
+            loss |= (ends > start) & (starts < end)
         return ids, loss
 
 
@@ -102,6 +102,7 @@ class _Chat:
         self.template: str = self.tokenizer.get_chat_template(None, tools)
         self.marks_turns = bool(_GENERATION_TAG.search(self.template))
         self._texts: dict[tuple[int, bool], str] = {}
+        self._marks: dict[int, list[Span]] = {}
 
     def whole(self) -> Rendered:
         """The chat as one text, all of it with loss."""
@@ -137,9 +138,7 @@ class _Chat:
         """Character ranges that the assistant wrote in one turn, in the text of the first `count` messages."""
         text, end = self.text(count), len(self.text(turn + 1))
         if self.marks_turns:
-            start = _common_prefix(self.text(turn), text)
-            marked = ((max(a, start), min(b, end)) for a, b in self._marked(count))
-            spans = [(a, b) for a, b in marked if a < b]
+            spans = self._marked(count)[len(self._marked(turn)) : len(self._marked(turn + 1))]
         else:
             start = self._after_header(turn, text)
             spans = [(start, self._turn_end(text, start, end))]
@@ -150,8 +149,10 @@ class _Chat:
         """Where the assistant's words begin. A header may offer more than was used (`<think>`): what agrees counts."""
         before, prompt = self.text(turn), self.text(turn, header=True)
         start = _common_prefix(prompt, text)
+        if start < len(before):
+            start = self._after_rewritten(turn, text)
         no_header = start == len(before) and text.startswith(self.special, start)
-        if turn == 0 or start < len(before) or no_header:
+        if turn == 0 or start < 0 or no_header:
             raise BadLine(
                 self.origin,
                 f"cannot tell where the assistant's words in message {turn} begin: the chat template gives no header "
@@ -160,10 +161,26 @@ class _Chat:
             )
         return start
 
+    def _after_rewritten(self, turn: int, text: str) -> int:
+        """Where the words begin when the answer changes how the messages before it are shown (gpt-oss): behind the
+        header that follows the longest part in common, which must reach over the message before; -1 if there is none.
+        """
+        before = self.text(turn)
+        header = self.text(turn, header=True)[len(before) :]
+        places = [match.start() for match in re.finditer(re.escape(header), text)] if header else []
+        common = {place: _common_prefix(before[::-1], text[:place][::-1]) for place in places}
+        best = max(places, key=common.__getitem__, default=-1)
+        content = self.messages[turn - 1]["content"].strip()
+        known = best >= 0 and content and content in text[best - common[best] : best]
+        return best + len(header) if known else -1
+
     def _turn_end(self, text: str, start: int, end: int) -> int:
-        """Leave out the blanks that a template puts after the token that ends a turn: the model never writes them."""
+        """Leave out the blanks that a template puts after the token that ends a turn: the model never writes them.
+        Where nothing ends a turn but the token that opens the next one (GLM), the model writes that."""
         bare = start + len(text[start:end].rstrip())
-        return bare if text.endswith(self.special, start, bare) else end
+        if text.endswith(self.special, start, bare):
+            return bare
+        return end + max((len(token) for token in self.special if text.startswith(token, end)), default=0)
 
     def _closed(self, text: str, spans: list[Span]) -> Rendered:
         """Where the template ends the last turn with no special token, end it with the tokenizer's, so that the model
@@ -239,8 +256,15 @@ class _Chat:
         return text
 
     def _marked(self, count: int) -> list[Span]:
-        """Ranges inside `{% generation %}`. (`return_assistant_tokens_mask` of Transformers marks everything up to the
-        end of the chat where such a range ends in a blank, so the ranges are turned into tokens here.)"""
+        """Ranges inside `{% generation %}` in the text of the first `count` messages.
+
+        Transformers' own mask (`return_assistant_tokens_mask`) runs to the end of the chat where such a range ends in
+        a blank that belongs to no token, so the ranges are turned into tokens here.
+        """
+        if count == 0:
+            return []
+        if count in self._marks:
+            return self._marks[count]
         special: dict[str, Any] = self.tokenizer.special_tokens_map
         rendered: Any = render_jinja_template(  # annotated as text, returns texts and ranges
             conversations=[self.messages[:count]],
@@ -249,7 +273,8 @@ class _Chat:
             return_assistant_tokens_mask=True,
             **special,
         )
-        return list(rendered[1][0])
+        self._marks[count] = list(rendered[1][0])
+        return self._marks[count]
 
 
 def _common_prefix(a: str, b: str) -> int:

@@ -23,7 +23,7 @@ Row = list[tuple[NDArray[np.int64], NDArray[np.bool_]]]  # the documents of a ro
 
 IGNORE = -100  # label that carries no loss, in Transformers
 WINDOW = 8192  # pieces sorted together
-OPEN_ROWS = 1024  # rows with space left that are searched
+OPEN_ROWS = WINDOW  # rows with space left that are searched; fewer, and rows close before the short pieces come
 
 
 class Pieces(NamedTuple):

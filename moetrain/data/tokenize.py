@@ -140,9 +140,11 @@ def tokenize_to_file(
         TokenWriter(path, vocab_size=len(tokenizer), masked=encoder.masked) as writer,
         _progress_bar(source, files, progress) as bar,
     ):
+        num_records = 0
         for size, documents in encoder.encode(chain([head], records)):
             for number, (ids, loss) in enumerate(documents):
                 writer.add(ids, loss, part=number > 0)
+            num_records += 1
             bar.update(bar.task_ids[0], advance=size, documents=writer.num_documents, tokens=writer.num_tokens)
             if max_tokens is not None and writer.num_tokens >= max_tokens:
                 break
@@ -152,6 +154,7 @@ def tokenize_to_file(
             {
                 "source": source.path[-300:],
                 "tokenizer": tokenizer_fingerprint(tokenizer),
+                "records": num_records,
                 "skipped_lines": bad.count,
                 "first_skipped": (bad.first or "")[:300],
             }

@@ -11,7 +11,7 @@ import torch
 
 from moetrain.kernels._triton import cdiv, jit, next_power_of_2, runs_triton, tl
 
-TILE = 128
+TILE = 64
 """Slots that one program of the counting sort ranks among themselves, by comparing all pairs."""
 
 
@@ -77,7 +77,7 @@ def _route_sort_op(
 
     before_EP, counts_E, offsets_E = empty(num_experts, tiles), empty(num_experts), empty(num_experts)
     row_TK, slot_R = empty(*index_N.shape), empty(capacity)
-    _count_tiles[(tiles,)](index_N, before_EP, slots, tiles, num_experts, TILE=TILE, PAD_E=pad_E, num_warps=4)
+    _count_tiles[(tiles,)](index_N, before_EP, slots, tiles, num_experts, TILE=TILE, PAD_E=pad_E, num_warps=2)
     _scan_tiles[(num_experts,)](before_EP, counts_E, tiles, PAD_P=next_power_of_2(tiles), num_warps=4)
     _place_slots[(tiles,)](
         index_N,
@@ -93,7 +93,7 @@ def _route_sort_op(
         TILE=TILE,
         PAD_E=pad_E,
         CHUNK_E=min(pad_E, 64),
-        num_warps=8,
+        num_warps=4,
     )
     return counts_E, offsets_E, row_TK, slot_R
 

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM as PlainAutoModelForCausalLM
 from transformers import PreTrainedModel, Qwen3MoeForCausalLM
 
 from moetrain import AutoModelForCausalLM
+from moetrain.families import correct_after_load
 from tests.families import FAMILIES, batch, build
 
 
@@ -32,9 +33,7 @@ def test_equals_plain_eager(family: str, experts: str, tmp_path: Path) -> None:
     plain = build(family)
     plain.save_pretrained(tmp_path)
     model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, experts_implementation=experts).train()
-    for module in plain.modules():  # the correction of `test_time_step_limit`
-        if hasattr(module, "time_step_limit"):
-            module.time_step_limit = tuple(plain.config.time_step_limit)
+    correct_after_load(plain)  # see `test_time_step_limit_is_the_configuration_s`
     plain.set_experts_implementation("eager")
     for each in (plain, model):
         each(**batch(0), use_cache=False).loss.backward()

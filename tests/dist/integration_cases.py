@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import datasets
 import peft
 import torch
 import torch.distributed as dist
@@ -35,11 +36,17 @@ EXPERTS = {
 Outcome = dict[str, Any]
 
 
-def run_cases(rank: int, world_size: int, folder: str, names: list[str], layout: dict[str, int]) -> dict[str, Outcome]:
-    """The named runs on a layout; on one rank the layout is not used."""
+def run_cases(
+    rank: int, world_size: int, folder: str, names: list[str], layouts: list[dict[str, int]]
+) -> list[dict[str, Outcome]]:
+    """The named runs on each layout; on one rank, where there is no layout, on the plain model."""
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    return {name: CASES[name](Setup(rank, world_size, Path(folder), name, layout)) for name in names}
+    datasets.disable_progress_bars()
+    return [
+        {name: CASES[name](Setup(rank, world_size, Path(folder), name, layout)) for name in names}
+        for layout in layouts or [{}]
+    ]
 
 
 class Setup:
@@ -69,12 +76,13 @@ class Setup:
             "learning_rate": 1e-3,
             "lr_scheduler_type": "constant",
             "max_grad_norm": 1.0,
+            "adam_epsilon": 1e-4,  # Adam would blow up the rounding noise of gradients that are 0 in exact arithmetic
             "logging_steps": 1,
             "save_strategy": "no",
             "report_to": [],
             "use_cpu": True,
             "disable_tqdm": True,
-            "bf16": False,
+            "bf16": False,  # TRL's default is True
             **kwargs,
         }
 
@@ -143,7 +151,7 @@ def trainer_run(setup: Setup, family: str = "qwen3_moe", **kwargs: Any) -> Outco
     data = ragged_dataset()
     arguments = TrainingArguments(**setup.arguments(**kwargs))
     trainer = Trainer(model=setup.model(family), args=arguments, train_dataset=data, eval_dataset=data.select(range(8)))
-    before = 1.0
+    before = trainer.evaluate()["eval_loss"]
     return finish(setup, trainer) | {"eval_losses": [before, trainer.evaluate()["eval_loss"]]}
 
 
@@ -165,12 +173,48 @@ def lora_run(setup: Setup, family: str = "qwen3_moe", **kwargs: Any) -> Outcome:
     model = adapted(setup, family)
     arguments = TrainingArguments(**setup.arguments(learning_rate=1e-2, **kwargs))
     outcome = finish(setup, Trainer(model=model, args=arguments, train_dataset=ragged_dataset()))
-    model.eval()
+    outcome["logits"] = logits(model)
+    with model.disable_adapter():
+        outcome["base_logits"] = logits(model)
+    return outcome
+
+
+def logits(model: Any) -> Any:
+    """Of a fixed batch; as an array, which travels between processes by value."""
     with torch.no_grad():
-        logits = model(**batch(100)).logits
+        return model.eval()(**batch(100)).logits.float().numpy()
+
+
+def lora_merged(setup: Setup) -> Outcome:
+    """The adapter added into the weights for good, and the model saved."""
+    model = adapted(setup, "qwen3_moe").merge_and_unload()
+    model.save_pretrained(setup.output)
+    return {"logits": logits(model), "folder": str(setup.output)}
+
+
+def lora_half_precision(setup: Setup) -> Outcome:
+    """fp32 weights under autocast to bf16; small updates, which a bf16 copy of the weights would round away."""
+    model = adapted(setup, "qwen3_moe")
+    for name, parameter in model.named_parameters():
+        if "experts" in name and "lora_B" in name:
+            parameter.data *= 1e-2
+    with torch.autocast("cpu", torch.bfloat16):
+        outcome = {"logits": logits(model)}
         with model.disable_adapter():
-            base_logits = model(**batch(100)).logits
-    return outcome | {"logits": logits.numpy(), "base_logits": base_logits.numpy()}
+            outcome["base_logits"] = logits(model)
+    return outcome
+
+
+def lora_on_biases(setup: Setup) -> Outcome:
+    config = peft.LoraConfig(r=4, target_parameters=["experts.gate_up_proj_bias"])
+    model = peft.get_peft_model(setup.model("gpt_oss"), config)
+    if setup.world_size == 1:
+        return {}
+    try:
+        model(**batch(0))
+    except ValueError as error:
+        return {"error": str(error)}
+    return {}
 
 
 def lora_gradients(setup: Setup, family: str = "qwen3_moe") -> Outcome:
@@ -194,15 +238,16 @@ def lora_gradients(setup: Setup, family: str = "qwen3_moe") -> Outcome:
 CASES: dict[str, Callable[[Setup], Outcome]] = {
     "trainer": trainer_run,
     "trainer-nemotron_h": lambda setup: trainer_run(setup, "nemotron_h"),
-    "trainer-gpt_oss": lambda setup: trainer_run(setup, "gpt_oss"),
     "trainer-accumulation": lambda setup: trainer_run(setup, gradient_accumulation_steps=2),
     "trainer-checkpointing": lambda setup: trainer_run(setup, gradient_checkpointing=True),
     "sft": sft_run,
     "sft-nemotron_h": lambda setup: sft_run(setup, "nemotron_h"),
-    "sft-gpt_oss": lambda setup: sft_run(setup, "gpt_oss"),
     "sft-lora": lambda setup: sft_run(setup, with_lora=True, gradient_checkpointing=True),
     "lora": lora_run,
     "lora-accumulation": lambda setup: lora_run(setup, gradient_accumulation_steps=2, gradient_checkpointing=True),
+    "lora-merged": lora_merged,
+    "lora-half_precision": lora_half_precision,
+    "lora-on_biases": lora_on_biases,
     "lora-gradients": lora_gradients,
     "lora-gradients-gpt_oss": lambda setup: lora_gradients(setup, "gpt_oss"),
     "lora-gradients-nemotron_h": lambda setup: lora_gradients(setup, "nemotron_h"),

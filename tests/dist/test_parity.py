@@ -28,7 +28,8 @@ LAYOUTS: dict[str, tuple[dict[str, Any], list[str]]] = {
 }
 
 
-def _world(layout: dict[str, Any]) -> int:
+def world_of(layout: dict[str, Any]) -> int:
+    """Ranks of a layout."""
     return int(layout["fsdp_size"]) * int(layout.get("dp_replicate_size", 1))
 
 
@@ -41,14 +42,14 @@ def matrix(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[str
         if name not in done:
             layout, families = LAYOUTS[name]
             folder = str(tmp_path_factory.mktemp(name))
-            done[name] = run_ranks(parity_of_families, _world(layout), families, layout, folder, timeout=1500)[0]
+            done[name] = run_ranks(parity_of_families, world_of(layout), families, layout, folder, timeout=1500)[0]
         return done[name]
 
     return run
 
 
 CASES = [
-    pytest.param(name, family, id=f"{name}-{family}", marks=[pytest.mark.slow] if _world(layout) > 4 else [])
+    pytest.param(name, family, id=f"{name}-{family}", marks=[pytest.mark.slow] if world_of(layout) > 4 else [])
     for name, (layout, families) in LAYOUTS.items()
     for family in families
 ]

@@ -95,7 +95,9 @@ def started(tmp_path: Path) -> Iterator[list[subprocess.Popen[str]]]:
 def start_launcher(folder: Path, body: str, ranks: int, started: list[subprocess.Popen[str]]) -> subprocess.Popen[str]:
     call = f"run_local({command(folder, body)!r}, {ranks}, pathlib.Path({str(folder / 'logs')!r}))"
     code = f"import pathlib, sys; from moetrain.launcher import run_local; sys.exit({call})"
-    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, text=True, stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=ROOT, text=True, stderr=subprocess.PIPE, start_new_session=True
+    )
     started.append(process)
     return process
 
@@ -171,8 +173,10 @@ def test_signal_reaches_each_rank_once(
 ) -> None:
     process = start_launcher(tmp_path, SAVES_ON_SIGNAL, 2, started)
     read(tmp_path, "pid", 2)
-    process.send_signal(signum)
-    if signum != signal.SIGINT:
+    if signum == signal.SIGINT:
+        os.killpg(process.pid, signum)  # as a terminal does: to all processes of its foreground group
+    else:
+        process.send_signal(signum)
         time.sleep(0.1)
         process.send_signal(signum)  # a scheduler may repeat itself
     assert process.wait(timeout=10) == 0

@@ -1,0 +1,101 @@
+"""Whole runs: they learn, and neither interruption nor the split into ranks and passes changes what they learn."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from moetrain.config import parse_config
+from moetrain.trainer import train
+from tests.ranks import run_ranks
+from tests.runs import records, tiny_run, write_text
+
+
+def run(rank: int, world_size: int, raw: dict[str, Any]) -> None:
+    train(parse_config(raw))
+
+
+def losses(folder: Path) -> list[float]:
+    return [record["loss"] for _, record in sorted(records(folder).items())]
+
+
+def norms(folder: Path) -> list[float]:
+    return [record["grad_norm"] for _, record in sorted(records(folder).items())]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six steps on two ranks with EP=2."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    write_text(folder)
+    run_ranks(run, 2, tiny_run(folder, parallel={"ep_size": 2}, checkpoint={"every": 3}))
+    return folder
+
+
+def test_it_learns_and_exports(uninterrupted: Path) -> None:
+    values = losses(uninterrupted)
+    assert values[-1] < values[0] - 0.3
+    evals = records(uninterrupted, "eval")
+    assert evals[6]["loss"] < evals[0]["loss"] - 0.3
+    exported = uninterrupted / "out" / "model"
+    model = AutoModelForCausalLM.from_pretrained(exported)
+    tokenizer = AutoTokenizer.from_pretrained(exported)
+    ids = tokenizer("def f", return_tensors="pt").input_ids
+    assert model.generate(ids, max_new_tokens=4, do_sample=False).shape[1] == ids.shape[1] + 4
+    with torch.no_grad():
+        assert model(ids, labels=ids).loss.item() < values[0] - 0.3
+
+
+@pytest.mark.parametrize(
+    ("ranks", "sections"),
+    [
+        (2, {"parallel": {"ep_size": 1}}),
+        (1, {"data": {"batch_size": 4}}),
+        (1, {"train": {"grad_accum": 2}}),
+        (2, {"parallel": {"ep_size": 2}, "data": {"batch_size": 1}, "train": {"grad_accum": 2}}),
+        (4, {"parallel": {"ep_size": 2}, "data": {"batch_size": 1}}),
+        (4, {"parallel": {"ep_size": 2, "dp_replicate_size": 2}, "data": {"batch_size": 1}}),
+        (2, {"parallel": {"ep_size": 2}, "train": {"loss": "plain"}}),
+        (2, {"parallel": {"ep_size": 2}, "model": {"activation_checkpointing": "selective"}}),
+        (2, {"parallel": {"ep_size": 2}, "model": {"activation_checkpointing": "full", "experts": "eager"}}),
+    ],
+    ids=["fsdp2", "one", "one_accum2", "ep2_accum2", "ep2_efsdp2", "ep2_replicas2", "plain_loss", "selective", "full"],
+)
+def test_the_layout_does_not_change_the_losses(
+    uninterrupted: Path, tmp_path: Path, ranks: int, sections: dict[str, Any]
+) -> None:
+    shutil.copy(uninterrupted / "text.jsonl", tmp_path)
+    shutil.copytree(uninterrupted / "start", tmp_path / "start")
+    run_ranks(run, ranks, tiny_run(tmp_path, **sections, checkpoint={"export": False}))
+    assert losses(tmp_path) == pytest.approx(losses(uninterrupted), rel=2e-4)
+    assert norms(tmp_path) == pytest.approx(norms(uninterrupted), rel=2e-3)
+    ours, theirs = records(tmp_path, "eval"), records(uninterrupted, "eval")
+    assert ours[0]["tokens"] == theirs[0]["tokens"]
+    assert ours[6]["loss"] == pytest.approx(theirs[6]["loss"], rel=2e-4)
+
+
+def test_resume_repeats_the_uninterrupted_run_to_the_bit(uninterrupted: Path, tmp_path: Path) -> None:
+    shutil.copytree(uninterrupted, tmp_path, dirs_exist_ok=True)
+    shutil.rmtree(tmp_path / "out" / "checkpoints" / "step-00000006")
+    shutil.rmtree(tmp_path / "out" / "model")
+    run_ranks(run, 2, tiny_run(tmp_path, parallel={"ep_size": 2}, checkpoint={"every": 3}))
+    assert losses(tmp_path) == losses(uninterrupted)
+    assert norms(tmp_path) == norms(uninterrupted)
+    ours = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "model").state_dict()
+    theirs = AutoModelForCausalLM.from_pretrained(uninterrupted / "out" / "model").state_dict()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+@pytest.mark.parametrize("states", ["master", "bf16_stochastic", "8bit"])
+def test_bf16_optimizer_states_learn(uninterrupted: Path, tmp_path: Path, states: str) -> None:
+    shutil.copy(uninterrupted / "text.jsonl", tmp_path)
+    shutil.copytree(uninterrupted / "start", tmp_path / "start")
+    sections = {"model": {"dtype": "bfloat16"}, "optim": {"states": states}, "parallel": {"ep_size": 2}}
+    run_ranks(run, 2, tiny_run(tmp_path, **sections, checkpoint={"export": False}))
+    assert losses(tmp_path)[0] == pytest.approx(losses(uninterrupted)[0], rel=5e-3)
+    assert losses(tmp_path)[-1] < losses(tmp_path)[0] - 0.3
