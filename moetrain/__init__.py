@@ -1,6 +1,6 @@
 """Fine-tune Mixture-of-Experts models of Transformers with one changed import.
 
-    from moetrain import AutoModelForCausalLM, DistributedConfig
+from moetrain import AutoModelForCausalLM, DistributedConfig
 """
 
 from __future__ import annotations

@@ -178,7 +178,7 @@ def _check_source(files: list[str] | None) -> CheckpointInfo | None:
     return check_checkpoint(directory) if standard else None
 
 
-def finish(model: nn.Module, experts_implementation: str | None = None) -> None:
+def finish(model: Any, experts_implementation: str | None = None) -> None:
     """What a model needs after its weights are there: our experts, and corrections of its family."""
     families.check_supported(model.config)
     reason = families.fallback_reason(model)

@@ -22,7 +22,7 @@ class CreateConfig(_Section):
     """Make a new checkpoint (tokenizer, config, random weights) at `model.path` when nothing is there yet."""
 
     config: dict[str, Any]
-    """Transformers configuration as a mapping; `model_type` names the family. `vocab_size` is filled in from the tokenizer."""
+    """Transformers configuration as a mapping; `model_type` names the family. The tokenizer fills in `vocab_size`."""
     vocab_size: PositiveInt = 4096
     """Entries of the byte-level BPE tokenizer that is trained on the training text."""
 
@@ -35,7 +35,7 @@ class ModelConfig(_Section):
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Type of the parameters and the arithmetic."""
     attn_implementation: str | None = None
-    """Name in Transformers' attention registry (`sdpa`, `eager`, `flash_attention_2`, ...); None lets the model choose."""
+    """Name in Transformers' attention registry (`sdpa`, `eager`, `flash_attention_2`, ...); None: the model chooses."""
     experts: Literal["auto", "grouped_mm", "eager"] = "auto"
     """Arithmetic of the experts. `auto` takes grouped_mm, the loop of `eager` where the dtype or device refuses it."""
     dispatch: Literal["auto", "local", "alltoall"] = "auto"
@@ -49,7 +49,7 @@ class ModelConfig(_Section):
 
 class ParallelConfig(_Section):
     processes: PositiveInt | None = None
-    """Processes to start on this machine; None means one a GPU, or one without GPUs. Ignored under torchrun or Slurm."""
+    """Processes to start on this machine; None: one a GPU, or one without GPUs. Ignored under torchrun or Slurm."""
     ep_size: PositiveInt = 1
     """Ranks that hold distinct experts. Divides the number of experts and the ranks of a replica."""
     dp_replicate_size: PositiveInt = 1
@@ -64,7 +64,7 @@ class Source(_Section):
     path: str
     """File, directory or glob; `python:stdlib` is the source code of the running Python's standard library."""
     format: Literal["auto", "text", "jsonl", "parquet", "arrow", "datasets", "chat", "tokens"] = "auto"
-    """`auto` goes by the file's ending; `chat` is JSONL with OpenAI messages; `tokens` a file of `moetrain data tokenize`."""
+    """`auto` goes by the file's ending; `chat` is JSONL of OpenAI messages; `tokens` a file of `moetrain data tokenize`."""
     text_key: str = "text"
     """Field that holds the text, for jsonl, parquet, arrow and datasets."""
     messages_key: str = "messages"
@@ -181,7 +181,8 @@ class RunConfig(_Section):
     def _warmup_fits(self) -> RunConfig:
         if self.optim.warmup_steps >= self.train.steps and self.optim.warmup_steps > 0:
             raise ValueError(
-                f"optim.warmup_steps={self.optim.warmup_steps} leaves no step of train.steps={self.train.steps}; lower it"
+                f"optim.warmup_steps={self.optim.warmup_steps} leaves no step of train.steps={self.train.steps}; "
+                "lower it"
             )
         return self
 

@@ -172,8 +172,9 @@ def _supervise(ranks: list[subprocess.Popen[bytes]], received: list[int], log_di
     code = codes[failed[0]]
     assert code is not None
     _stop(ranks)
-    if -code in forwarded:
-        _say(f"stopped by {signal.Signals(-code).name} before training had begun to listen for it")
+    signum = -code if code < 0 else code - 128
+    if signum in forwarded:
+        _say(f"stopped by {signal.Signals(signum).name} before training had begun to listen for it")
     else:
         _report(failed, codes, log_dir)
     return 128 - code if code < 0 else code

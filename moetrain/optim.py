@@ -26,8 +26,8 @@ logger = logging.getLogger(__name__)
 
 States = Literal["fp32", "master", "bf16_stochastic", "8bit"]
 
-BUCKET_ELEMENTS = 2**28
-"""Parameters updated together; bounds the fp32 temporaries of bf16 and 8-bit states to 1 GiB each."""
+BUCKET_ELEMENTS = 2**26
+"""Parameters updated together; bounds the fp32 temporaries of bf16 and 8-bit states to 256 MiB each."""
 BLOCK = 256
 """Elements that share a scale in an 8-bit state (arXiv 2110.02861), at most; rows that it does not divide use less."""
 MIN_BLOCK = 32
@@ -427,7 +427,9 @@ def _kinds(state: dict[str, Tensor]) -> str:
 
 def _warn_unquantised(parameters: list[Tensor]) -> None:
     """Say which matrices the 8-bit states do not cover."""
-    shapes = [tuple(p.shape) for p in parameters if p.ndim >= 2 and p.numel() >= MIN_QUANTISED and not quantised_block(p)]
+    shapes = [
+        tuple(p.shape) for p in parameters if p.ndim >= 2 and p.numel() >= MIN_QUANTISED and not quantised_block(p)
+    ]
     if shapes:
         logger.warning(
             "optim.states=8bit: %d matrices keep fp32 states, since the last dimension has no block of %d to %d "

@@ -1,7 +1,7 @@
 """The order in which a model becomes parallel, in one place.
 
-    on the meta device   experts -> sharding          (`parallelize`, before any weight is read)
-    with weights         checkpointing                (`checkpoint_activations`)
+on the meta device   experts -> sharding          (`parallelize`, before any weight is read)
+with weights         checkpointing                (`checkpoint_activations`)
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ def parallelize(
         ValueError: `ep_size` does not divide the experts, or the family cannot be expert-parallel.
     """
     if config.ep_size > 1:
+        experts: Any
         for _, experts in families.experts_modules(model):
             check_ep_divides(experts.num_experts, config.ep_size, config.fsdp_size)
         model._ep_plan = families.ep_plan(model)

@@ -91,18 +91,17 @@ def _vocab_size(run_dir: Path) -> int | None:
 
 
 def _summary(steps: list[Record], evals: list[Record], about: Record, vocab_size: int | None) -> list[tuple[str, str]]:
-    """Rows of the page's table. The first step is left out of the speed: it compiles, allocates and warms up."""
+    """Rows of the page's table. Speed and time of a step are medians: the first step compiles and warms up."""
     rows = []
     if steps:
         total = about.get("total_steps")
         tokens = sum(record["tokens"] for record in steps)
-        usual = steps[1:] or steps
         rows += [
             ("steps", f"{steps[-1]['step']:,}" + (f" of {total:,}" if total else "")),
             ("label tokens", f"{tokens:,}"),
             ("training loss", f"{_text(steps[0]['loss'])} at first, {_text(steps[-1]['loss'])} at last"),
-            ("speed", f"{statistics.median(record['tokens_per_second'] for record in usual):,.0f} tokens/s (median)"),
-            ("step time", f"{statistics.median(record['step_seconds'] for record in usual):.3f} s (median)"),
+            ("speed", f"{statistics.median(record['tokens_per_second'] for record in steps):,.0f} tokens/s (median)"),
+            ("step time", f"{statistics.median(record['step_seconds'] for record in steps):.3f} s (median)"),
             ("time in steps", _duration(sum(record["step_seconds"] for record in steps))),
             ("memory, rank 0", bytes_text(max(record["memory_bytes"] for record in steps)) + " at its peak"),
         ]

@@ -105,7 +105,7 @@ class Run:
         grad_norm = clip_grad_norm(self.model.parameters(), self.config.optim.max_grad_norm)
         mean_loss, norm = self.mean_over_ranks(loss), grad_norm.item()
         self.guard.check_finite(step, mean_loss, norm)
-        lr = self.scheduler.get_last_lr()[0]
+        lr = float(self.scheduler.get_last_lr()[0])
         self.optimizer.step()
         self.scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)

@@ -19,7 +19,7 @@ from moetrain.kernels.activation import (
     gated_activation_ref,
 )
 from moetrain.kernels.experts import ExpertWeights, experts_forward_ref
-from moetrain.kernels.grouped import add_row_bias_, expert_sum, row_bias_backward
+from moetrain.kernels.bias import add_row_bias_, expert_sum, row_bias_backward
 from moetrain.kernels.permute import permute_ref, permute_rows, sum_rows, unpermute_reduce_ref
 from moetrain.kernels.routing import route_sort, route_sort_ref
 

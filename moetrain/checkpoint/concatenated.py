@@ -68,13 +68,14 @@ def _joins_rows(converter: WeightConverter) -> bool:
 
 def _read_rows(sources: list[tuple[str, str]], start: int, count: int) -> Tensor:
     """Rows `start` to `start + count` of the sources joined along dim 0, reading no other bytes."""
-    parts, position = [], 0
+    parts: list[Tensor] = []
+    position = 0
     for key, file in sources:
         with safe_open(file, "pt") as handle:
             piece = handle.get_slice(key)
             length = piece.get_shape()[0]
             first, last = max(start - position, 0), min(start + count - position, length)
-            if first < last or not parts and position + length >= start:
+            if first < last or (not parts and position + length >= start):
                 parts.append(piece[first : max(first, last)])
             position += length
     return torch.cat(parts)

@@ -10,9 +10,9 @@ import torch
 try:
     import triton
     import triton.language as tl
+    from triton.tools.tensor_descriptor import TensorDescriptor
 except ImportError:
-    triton = None
-    tl = None
+    triton = tl = TensorDescriptor = None
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 """Triton's own switch, read when it is imported: the kernels then run in Python, on CPU tensors too."""

@@ -21,7 +21,8 @@ from moetrain.kernels.activation import (
     gated_activation_backward,
     row_experts,
 )
-from moetrain.kernels.grouped import add_row_bias_, expert_sum, grouped_mm, row_bias_backward
+from moetrain.kernels.bias import add_row_bias_, expert_sum, row_bias_backward
+from moetrain.kernels.grouped import grouped_mm, multiply_outer, multiply_rows
 from moetrain.kernels.permute import permute, permute_rows, sum_rows, unpermute_reduce
 from moetrain.kernels.routing import route_sort
 
@@ -146,9 +147,9 @@ def _forward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Rows of the result [R, H], and the up projection [R, G] without its bias for the backward."""
     up, down, up_bias, down_bias, transposed = weights
-    up_RG = grouped_mm(rows_RH, up if transposed else up.transpose(1, 2), offsets_E)
+    up_RG = multiply_rows(rows_RH, up if transposed else up.transpose(1, 2), offsets_E)
     act_RI = gated_activation(up_RG, weights_R, offsets_E, up_bias, activation)
-    out_RH = grouped_mm(act_RI, down if transposed else down.transpose(1, 2), offsets_E)
+    out_RH = multiply_rows(act_RI, down if transposed else down.transpose(1, 2), offsets_E)
     if down_bias is not None:
         add_row_bias_(out_RH, weights_R, offsets_E, down_bias)
     return out_RH, up_RG
@@ -180,7 +181,7 @@ def _backward(
     up, down, up_bias, down_bias, transposed = weights
     grad_rows_RH, grad_up, grad_down, grad_up_bias, grad_down_bias = (grad_RH.new_empty(0) for _ in range(5))
 
-    grad_act_RI = grouped_mm(grad_RH, down.transpose(1, 2) if transposed else down, offsets_E)
+    grad_act_RI = multiply_rows(grad_RH, down.transpose(1, 2) if transposed else down, offsets_E)
     grad_up_RG, grad_weights_R, act_RI = gated_activation_backward(
         grad_act_RI, up_RG, weights_R, offsets_E, up_bias, activation
     )
@@ -189,18 +190,18 @@ def _backward(
         grad_weights_R += row_bias_backward(grad_RH, weights_R, offsets_E, down_bias)
     if needs_parameters:
         left, right = (act_RI, grad_RH) if transposed else (grad_RH, act_RI)
-        grad_down = grouped_mm(left.t(), right, offsets_E)
+        grad_down = multiply_outer(left, right, offsets_E)
         if down_bias is not None:
             grad_down_bias = expert_sum(grad_RH, weights_R, offsets_E)
         del grad_RH, act_RI, left, right
         rows = rows_RH()
         left, right = (rows, grad_up_RG) if transposed else (grad_up_RG, rows)
-        grad_up = grouped_mm(left.t(), right, offsets_E)
+        grad_up = multiply_outer(left, right, offsets_E)
         if up_bias is not None:
             grad_up_bias = expert_sum(grad_up_RG, None, offsets_E)
         del rows, left, right
     if needs_rows:
-        grad_rows_RH = grouped_mm(grad_up_RG, up.transpose(1, 2) if transposed else up, offsets_E)
+        grad_rows_RH = multiply_rows(grad_up_RG, up.transpose(1, 2) if transposed else up, offsets_E)
     return _Gradients(grad_rows_RH, grad_weights_R, grad_up, grad_down, grad_up_bias, grad_down_bias)
 
 

@@ -1,160 +1,379 @@
-"""Grouped matrix products of the experts and what their biases need.
+"""Grouped matrix products of the experts: one launch for all experts, no host, any split of the rows.
 
-Shapes: R rows in expert order, E experts, C columns; rows from `offsets_E[-1]` on are neither read nor written.
+Shapes: R rows in expert order, E experts, K and N the weight's inputs and outputs, M and N two widths of rows.
+Rows from `offsets_E[-1]` on are neither read nor written, here and in the references' results zero.
+
+On Hopper the products run in the two Triton kernels below, elsewhere in `torch._grouped_mm`. Both kernels read through
+ragged TMA descriptors: the copy engine itself stops at the expert's last row, reads zeros beyond and writes nothing
+there, so no tile needs a mask. Their tiles are the fastest of 40 at four models' shapes (docs/perf-notes.md).
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
-from moetrain.kernels._triton import cdiv, jit, next_power_of_2, runs_triton, tl
-from moetrain.kernels.activation import experts_of, row_experts
+from moetrain.kernels._triton import INTERPRETED, TensorDescriptor, cdiv, jit, next_power_of_2, runs_triton, tl
+
+RAGGED = 2**30
+"""Offset that makes a descriptor's bounds follow the coordinates, see `_ragged`."""
 
 
-def grouped_mm(a: torch.Tensor, b: torch.Tensor, offsets_E: torch.Tensor) -> torch.Tensor:
-    """`torch._grouped_mm`: [R, A] x [E, A, B] -> [R, B] by the expert of the row; [A, R] x [R, B] -> [E, A, B] summed
-    over the rows of each expert. On a GPU of compute capability 9 and in bf16 it never waits for the host."""
-    if a.dtype == torch.float64 or a.numel() == 0 or b.numel() == 0:
-        return grouped_mm_ref(a, b, offsets_E)
-    return torch._grouped_mm(a, b, offs=offsets_E)
+def grouped_mm(rows_RK: torch.Tensor, weight_EKN: torch.Tensor, offsets_E: torch.Tensor) -> torch.Tensor:
+    """Product of each row with its expert's weight [R, N]. Differentiable.
+
+    Args:
+        weight_EKN: contiguous, or the transposed view of a contiguous [E, N, K].
+        offsets_E: row at which each expert ends, int32, not above R.
+    """
+    result: torch.Tensor = _grouped_mm_op(rows_RK, weight_EKN, offsets_E)
+    return result
 
 
-def grouped_mm_ref(a: torch.Tensor, b: torch.Tensor, offsets_E: torch.Tensor) -> torch.Tensor:
-    """`grouped_mm` as a loop over experts; rows past the last are zero. Reads the offsets on the host."""
-    over_rows = b.dim() == 2
-    shape = (offsets_E.numel(), a.shape[0], b.shape[1]) if over_rows else (a.shape[0], b.shape[2])
-    out = a.new_zeros(shape)
-    start = 0
-    for expert, end in enumerate(offsets_E.tolist()):
-        if over_rows:
-            out[expert] = a[:, start:end] @ b[start:end]
-        else:
-            out[start:end] = a[start:end] @ b[expert]
-        start = end
-    return out
+def multiply_rows(rows_RK: torch.Tensor, weight_EKN: torch.Tensor, offsets_E: torch.Tensor) -> torch.Tensor:
+    """`grouped_mm` without autograd."""
+    if rows_RK.dtype == torch.float64 or rows_RK.numel() == 0:
+        return multiply_rows_ref(rows_RK, weight_EKN, offsets_E)
+    if not _runs_here(rows_RK, weight_EKN):
+        return torch._grouped_mm(rows_RK, weight_EKN, offs=offsets_E)
+    (num_rows, inner), (experts, _, width) = rows_RK.shape, weight_EKN.shape
+    out_RN = rows_RK.new_empty(num_rows, width)
+    by_input = weight_EKN.stride(1) == 1
+    weight = weight_EKN.transpose(1, 2) if by_input else weight_EKN
+    tile_n, tile_k = (128, 64) if not INTERPRETED else (32, 16)
+    tokens = (128, 64, 32) if not INTERPRETED else (16, 8, 4)
+    _rows_by_weights[((num_rows // tokens[0] + min(experts, num_rows)) * cdiv(width, tile_n),)](
+        *(_ragged(rows_RK, rows, tile_k) for rows in tokens),
+        _descriptor(weight, (1, tile_n, tile_k) if by_input else (1, tile_k, tile_n)),
+        *(_ragged(out_RN, rows, tile_n) for rows in tokens),
+        offsets_E,
+        experts,
+        width,
+        inner,
+        BY_INPUT=by_input,
+        PAD_E=next_power_of_2(experts),
+        GROUP=8,
+        TOKENS=tokens[0],
+        FEW=tokens[1],
+        MORE=tokens[2],
+        TILE_N=tile_n,
+        TILE_K=tile_k,
+        num_warps=4,
+        num_stages=3,
+    )
+    return out_RN
 
 
-def add_row_bias_(
-    rows_RC: torch.Tensor, weights_R: torch.Tensor, offsets_E: torch.Tensor, bias_EC: torch.Tensor
-) -> None:
-    """rows += weight of the row * bias of its expert, in place."""
-    if not runs_triton(rows_RC) or rows_RC.numel() == 0:
-        used_R1 = (torch.arange(rows_RC.shape[0], device=rows_RC.device) < offsets_E[-1])[:, None]
-        bias_RC = bias_EC[row_experts(offsets_E, rows_RC.shape[0])] * weights_R[:, None]
-        rows_RC.copy_(torch.where(used_R1, rows_RC + bias_RC, rows_RC))
+def multiply_outer(left_RM: torch.Tensor, right_RN: torch.Tensor, offsets_E: torch.Tensor) -> torch.Tensor:
+    """Sum over each expert's rows of the outer products of left and right [E, M, N], in fp32: a weight's gradient.
+    Zero for an expert without rows."""
+    if left_RM.dtype == torch.float64 or left_RM.numel() == 0:
+        return multiply_outer_ref(left_RM, right_RN, offsets_E)
+    if not _runs_here(left_RM, right_RN):
+        return torch._grouped_mm(left_RM.t(), right_RN, offs=offsets_E)
+    experts, height, width = offsets_E.numel(), left_RM.shape[1], right_RN.shape[1]
+    out_EMN = left_RM.new_empty(experts, height, width)
+    tile, tile_r = (128, 32) if not INTERPRETED else (32, 16)
+    _outer_by_experts[(experts * cdiv(height, tile) * cdiv(width, tile),)](
+        _ragged(left_RM, tile_r, tile),
+        _ragged(right_RN, tile_r, tile),
+        _descriptor(out_EMN, (1, tile, tile)),
+        offsets_E,
+        height,
+        width,
+        GROUP=8,
+        TILE=tile,
+        TILE_R=tile_r,
+        num_warps=4,
+        num_stages=4,
+    )
+    return out_EMN
+
+
+def multiply_rows_ref(rows_RK: torch.Tensor, weight_EKN: torch.Tensor, offsets_E: torch.Tensor) -> torch.Tensor:
+    """`multiply_rows` as a loop over experts. Reads the offsets on the host."""
+    out_RN = rows_RK.new_zeros(rows_RK.shape[0], weight_EKN.shape[2])
+    ends = offsets_E.tolist()
+    for expert, (start, end) in enumerate(zip([0, *ends], ends, strict=False)):
+        out_RN[start:end] = rows_RK[start:end] @ weight_EKN[expert]
+    return out_RN
+
+
+def multiply_outer_ref(left_RM: torch.Tensor, right_RN: torch.Tensor, offsets_E: torch.Tensor) -> torch.Tensor:
+    """`multiply_outer` as a loop over experts. Reads the offsets on the host."""
+    out_EMN = left_RM.new_zeros(offsets_E.numel(), left_RM.shape[1], right_RN.shape[1])
+    ends = offsets_E.tolist()
+    for expert, (start, end) in enumerate(zip([0, *ends], ends, strict=False)):
+        out_EMN[expert] = left_RM[start:end].T @ right_RN[start:end]
+    return out_EMN
+
+
+def _runs_here(*tensors: torch.Tensor) -> bool:
+    """True where the Triton kernels can: 16-bit operands, rows of a multiple of 16 bytes, and a GPU with TMA."""
+    if not all(runs_triton(t) and t.element_size() == 2 and t.data_ptr() % 16 == 0 for t in tensors):
+        return False
+    if any(s != 1 and s % 8 for t in tensors for s in t.stride()) or any(1 not in t.stride()[-2:] for t in tensors):
+        return False
+    return INTERPRETED or torch.cuda.get_device_capability(tensors[0].device) >= (9, 0)
+
+
+def _descriptor(tensor: torch.Tensor, block: tuple[int, ...]) -> Any:
+    return TensorDescriptor.from_tensor(tensor, list(block))
+
+
+def _ragged(tensor_RC: torch.Tensor, block_r: int, block_c: int) -> Any:
+    """Descriptor whose row bound is part of the coordinates, by Triton's `tools/ragged_tma.py`.
+
+    Two dimensions are put in front with strides 2^34 - s and s (s: one row). Coordinates (2^30, end, 2^30 - count +
+    row, column) address row `end - count + row`, since 2^30 * 2^34 bytes wrap to nothing, and the third, bounded by
+    2^30, is out of bounds from row `count` on.
+    """
+    stride = tensor_RC.stride(0)
+    limit = 0x7FFF0000
+    return TensorDescriptor(
+        tensor_RC,
+        [limit, limit, RAGGED, tensor_RC.shape[1]],
+        [2**34 - stride, stride, stride, 1],
+        [1, 1, block_r, block_c],
+    )
+
+
+@torch.library.custom_op("moetrain::grouped_mm", mutates_args=())
+def _grouped_mm_op(rows_RK: torch.Tensor, weight_EKN: torch.Tensor, offsets_E: torch.Tensor) -> torch.Tensor:
+    return multiply_rows(rows_RK.contiguous(), weight_EKN, offsets_E)
+
+
+@torch.library.custom_op("moetrain::grouped_outer", mutates_args=())
+def _grouped_outer_op(left_RM: torch.Tensor, right_RN: torch.Tensor, offsets_E: torch.Tensor) -> torch.Tensor:
+    return multiply_outer(left_RM.contiguous(), right_RN.contiguous(), offsets_E)
+
+
+@_grouped_mm_op.register_fake
+def _(rows_RK: torch.Tensor, weight_EKN: torch.Tensor, offsets_E: torch.Tensor) -> torch.Tensor:
+    return rows_RK.new_empty(rows_RK.shape[0], weight_EKN.shape[2])
+
+
+@_grouped_outer_op.register_fake
+def _(left_RM: torch.Tensor, right_RN: torch.Tensor, offsets_E: torch.Tensor) -> torch.Tensor:
+    return left_RM.new_empty(offsets_E.shape[0], left_RM.shape[1], right_RN.shape[1])
+
+
+def _grouped_mm_setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    ctx.save_for_backward(*inputs)
+
+
+def _grouped_mm_backward(ctx, grad_RN):  # type: ignore[no-untyped-def]
+    rows_RK, weight_EKN, offsets_E = ctx.saved_tensors
+    grad_rows = grad_weight = None
+    if ctx.needs_input_grad[0]:
+        grad_rows = _grouped_mm_op(grad_RN, weight_EKN.transpose(1, 2), offsets_E)
+    if ctx.needs_input_grad[1] and weight_EKN.stride(1) == 1:
+        grad_weight = _grouped_outer_op(grad_RN, rows_RK, offsets_E).transpose(1, 2)
+    elif ctx.needs_input_grad[1]:
+        grad_weight = _grouped_outer_op(rows_RK, grad_RN, offsets_E)
+    return grad_rows, grad_weight, None
+
+
+_grouped_mm_op.register_autograd(_grouped_mm_backward, setup_context=_grouped_mm_setup)
+
+
+@jit
+def _load(desc, begin, count, row, column, ROWS: tl.constexpr, COLUMNS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Tile of the rows [begin, begin + count), zero past them."""
+    return desc.load([1073741824, begin + count, 1073741824 - count + row, column]).reshape(ROWS, COLUMNS)
+
+
+@jit
+def _store(desc, begin, count, row, column, tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr):  # type: ignore
+    """Write a tile of the rows [begin, begin + count), nothing past them."""
+    desc.store([1073741824, begin + count, 1073741824 - count + row, column], tile.reshape(1, 1, ROWS, COLUMNS))
+
+
+@jit
+def _load_weight(  # type: ignore[no-untyped-def]
+    weight, expert, n, k, BY_INPUT: tl.constexpr, TILE_N: tl.constexpr, TILE_K: tl.constexpr
+):
+    """[TILE_N, TILE_K] of an expert's weight, whichever way it lies in memory."""
+    if BY_INPUT:
+        tile_NK = weight.load([expert, n, k]).reshape(TILE_N, TILE_K)
+    else:
+        tile_NK = weight.load([expert, k, n]).reshape(TILE_K, TILE_N).T
+    return tile_NK
+
+
+@jit
+def _find_tile(  # type: ignore[no-untyped-def]
+    offsets_E,
+    experts,
+    width,
+    PAD_E: tl.constexpr,
+    GROUP: tl.constexpr,
+    TOKENS: tl.constexpr,
+    MORE: tl.constexpr,
+    TILE_N: tl.constexpr,
+):
+    """This program's tile: whether it has none, its expert, that expert's first row and count, its row and column.
+
+    An expert has one tile for every TOKENS rows; up to MORE rows on top go with the last. GROUP tiles of rows go
+    through all columns together, so that they share the weights in cache.
+    """
+    e = tl.arange(0, PAD_E)
+    end_E = tl.load(offsets_E + e, mask=e < experts, other=0)
+    begin_E = tl.load(offsets_E + e - 1, mask=(e > 0) & (e < experts), other=0)
+    count_E = tl.where(e < experts, end_E - begin_E, 0)
+    tiles_E = tl.where(count_E > 0, tl.maximum((count_E - MORE + TOKENS - 1) // TOKENS, 1), 0)
+    last_E = tl.cumsum(tiles_E, 0)
+    columns = tl.cdiv(width, TILE_N)
+    group = tl.program_id(0) // (GROUP * columns)
+    inside = tl.program_id(0) - group * GROUP * columns
+    size = tl.minimum(tl.sum(tiles_E, 0) - group * GROUP, GROUP)
+    idle = inside >= size * columns
+    size = tl.maximum(size, 1)
+    tile = group * GROUP + inside % size
+    expert = tl.sum(((e < experts) & (last_E <= tile)).to(tl.int32), 0)
+    begin = tl.sum(tl.where(e == expert, begin_E, 0), 0)
+    count = tl.sum(tl.where(e == expert, count_E, 0), 0)
+    row = (tile - tl.sum(tl.where(e == expert, last_E - tiles_E, 0), 0)) * TOKENS
+    return idle, expert, begin, count, row, (inside // size) * TILE_N
+
+
+@jit
+def _one_product(  # type: ignore[no-untyped-def]
+    rows,
+    weight,
+    out,
+    expert,
+    begin,
+    count,
+    row,
+    n,
+    inner,
+    BY_INPUT: tl.constexpr,
+    TOKENS: tl.constexpr,
+    TILE_N: tl.constexpr,
+    TILE_K: tl.constexpr,
+):
+    acc_NT = tl.zeros((TILE_N, TOKENS), tl.float32)
+    for k in range(0, inner, TILE_K):
+        x_TK = _load(rows, begin, count, row, k, TOKENS, TILE_K)
+        acc_NT = tl.dot(_load_weight(weight, expert, n, k, BY_INPUT, TILE_N, TILE_K), x_TK.T, acc_NT)
+    _store(out, begin, count, row, n, acc_NT.to(out.dtype).T, TOKENS, TILE_N)
+
+
+@jit
+def _two_products(  # type: ignore[no-untyped-def]
+    rows,
+    more_rows,
+    weight,
+    out,
+    more_out,
+    expert,
+    begin,
+    count,
+    row,
+    n,
+    inner,
+    BY_INPUT: tl.constexpr,
+    TOKENS: tl.constexpr,
+    MORE: tl.constexpr,
+    TILE_N: tl.constexpr,
+    TILE_K: tl.constexpr,
+):
+    """TOKENS + MORE rows that share the weight's tiles."""
+    acc_NT = tl.zeros((TILE_N, TOKENS), tl.float32)
+    more_acc_NT = tl.zeros((TILE_N, MORE), tl.float32)
+    for k in range(0, inner, TILE_K):
+        x_TK = _load(rows, begin, count, row, k, TOKENS, TILE_K)
+        more_x_TK = _load(more_rows, begin, count, row + TOKENS, k, MORE, TILE_K)
+        w_NK = _load_weight(weight, expert, n, k, BY_INPUT, TILE_N, TILE_K)
+        acc_NT = tl.dot(w_NK, x_TK.T, acc_NT)
+        more_acc_NT = tl.dot(w_NK, more_x_TK.T, more_acc_NT)
+    _store(out, begin, count, row, n, acc_NT.to(out.dtype).T, TOKENS, TILE_N)
+    _store(more_out, begin, count, row + TOKENS, n, more_acc_NT.to(out.dtype).T, MORE, TILE_N)
+
+
+@jit
+def _rows_by_weights(  # type: ignore[no-untyped-def]
+    rows,
+    few_rows,
+    more_rows,
+    weight,
+    out,
+    few_out,
+    more_out,
+    offsets_E,
+    experts,
+    width,
+    inner,
+    BY_INPUT: tl.constexpr,
+    PAD_E: tl.constexpr,
+    GROUP: tl.constexpr,
+    TOKENS: tl.constexpr,
+    FEW: tl.constexpr,
+    MORE: tl.constexpr,
+    TILE_N: tl.constexpr,
+    TILE_K: tl.constexpr,
+):
+    """One tile of the result, transposed: weights are the left operand and tokens the right, whose tile may be as
+    narrow as 8. With 256 rows an expert, half of the experts have a few more than two tiles of 128: those few go with
+    the last tile (`MORE`), or into a tile half as wide (`FEW`)."""
+    idle, expert, begin, count, row, n = _find_tile(offsets_E, experts, width, PAD_E, GROUP, TOKENS, MORE, TILE_N)
+    if idle:
         return
-    num_rows, columns = rows_RC.shape
-    experts = offsets_E.numel()
-    block = min(next_power_of_2(columns), 1024)
-    _add_bias[(cdiv(num_rows, 4),)](
-        rows_RC, weights_R, offsets_E, bias_EC, columns, experts, next_power_of_2(experts), 4, block, num_warps=8
-    )
-
-
-def row_bias_backward(
-    grad_RC: torch.Tensor, weights_R: torch.Tensor, offsets_E: torch.Tensor, bias_EC: torch.Tensor
-) -> torch.Tensor:
-    """Gradient of `add_row_bias_`'s weights [R] in fp32: each row's product with its expert's bias."""
-    if not runs_triton(grad_RC) or grad_RC.numel() == 0:
-        used_R = torch.arange(grad_RC.shape[0], device=grad_RC.device) < offsets_E[-1]
-        dtype = torch.promote_types(grad_RC.dtype, torch.float32)
-        bias_RC = bias_EC.to(dtype)[row_experts(offsets_E, grad_RC.shape[0])]
-        return (grad_RC.to(dtype).masked_fill(~used_R[:, None], 0.0) * bias_RC).sum(1)
-    num_rows, columns = grad_RC.shape
-    experts = offsets_E.numel()
-    out_R = torch.empty(num_rows, dtype=torch.float32, device=grad_RC.device)
-    block = min(next_power_of_2(columns), 1024)
-    _dot_bias[(cdiv(num_rows, 4),)](
-        grad_RC, out_R, offsets_E, bias_EC, columns, experts, next_power_of_2(experts), 4, block, num_warps=8
-    )
-    return out_R
-
-
-def expert_sum(rows_RC: torch.Tensor, weights_R: torch.Tensor | None, offsets_E: torch.Tensor) -> torch.Tensor:
-    """Sum of each expert's rows [E, C], times their weights where given, accumulated in fp32: a bias's gradient."""
-    if not runs_triton(rows_RC) or rows_RC.numel() == 0:
-        dtype = torch.promote_types(rows_RC.dtype, torch.float32)
-        used_R1 = (torch.arange(rows_RC.shape[0], device=rows_RC.device) < offsets_E[-1])[:, None]
-        values_RC = rows_RC.to(dtype) if weights_R is None else rows_RC.to(dtype) * weights_R[:, None]
-        out_EC = torch.zeros(offsets_E.numel(), rows_RC.shape[1], dtype=dtype, device=rows_RC.device)
-        expert_R = row_experts(offsets_E, rows_RC.shape[0])
-        return out_EC.index_add(0, expert_R, values_RC.masked_fill(~used_R1, 0.0)).to(rows_RC.dtype)
-    columns = rows_RC.shape[1]
-    out_EC = rows_RC.new_empty(offsets_E.numel(), columns)
-    _sum_experts[(offsets_E.numel(), cdiv(columns, 64))](
-        rows_RC, weights_R, offsets_E, out_EC, columns, BLOCK_R=128, BLOCK_C=64, num_warps=4
-    )
-    return out_EC
+    left = count - row
+    if left <= FEW:
+        _one_product(few_rows, weight, few_out, expert, begin, count, row, n, inner, BY_INPUT, FEW, TILE_N, TILE_K)
+    elif left > TOKENS and left <= TOKENS + MORE:
+        _two_products(
+            rows,
+            more_rows,
+            weight,
+            out,
+            more_out,
+            expert,
+            begin,
+            count,
+            row,
+            n,
+            inner,
+            BY_INPUT,
+            TOKENS,
+            MORE,
+            TILE_N,
+            TILE_K,
+        )
+    else:
+        _one_product(rows, weight, out, expert, begin, count, row, n, inner, BY_INPUT, TOKENS, TILE_N, TILE_K)
 
 
 @jit
-def _add_bias(  # type: ignore[no-untyped-def]
-    rows_RC,
-    weights_R,
+def _outer_by_experts(  # type: ignore[no-untyped-def]
+    left,
+    right,
+    out,
     offsets_E,
-    bias_EC,
-    columns,
-    experts,
-    PAD_E: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_C: tl.constexpr,
+    height,
+    width,
+    GROUP: tl.constexpr,
+    TILE: tl.constexpr,
+    TILE_R: tl.constexpr,
 ):
-    used = tl.load(offsets_E + experts - 1)
-    row_R = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
-    expert_R1 = experts_of(row_R, offsets_E, experts, PAD_E)[:, None]
-    weight_R1 = tl.load(weights_R + row_R, mask=row_R < used, other=0.0)[:, None].to(tl.float32)
-    row_R1 = row_R[:, None].to(tl.int64)
-    for start in range(0, columns, BLOCK_C):
-        c_1C = start + tl.arange(0, BLOCK_C)[None, :]
-        mask_RC = (row_R1 < used) & (c_1C < columns)
-        value_RC = tl.load(rows_RC + row_R1 * columns + c_1C, mask=mask_RC, other=0.0).to(tl.float32)
-        bias_RC = tl.load(bias_EC + expert_R1 * columns + c_1C, mask=mask_RC, other=0.0).to(tl.float32)
-        out = (value_RC + weight_R1 * bias_RC).to(rows_RC.dtype.element_ty)
-        tl.store(rows_RC + row_R1 * columns + c_1C, out, mask=mask_RC)
-
-
-@jit
-def _dot_bias(  # type: ignore[no-untyped-def]
-    grad_RC,
-    out_R,
-    offsets_E,
-    bias_EC,
-    columns,
-    experts,
-    PAD_E: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
-    used = tl.load(offsets_E + experts - 1)
-    row_R = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
-    expert_R1 = experts_of(row_R, offsets_E, experts, PAD_E)[:, None]
-    row_R1 = row_R[:, None].to(tl.int64)
-    sum_R = tl.zeros((BLOCK_R,), tl.float32)
-    for start in range(0, columns, BLOCK_C):
-        c_1C = start + tl.arange(0, BLOCK_C)[None, :]
-        mask_RC = (row_R1 < used) & (c_1C < columns)
-        grad = tl.load(grad_RC + row_R1 * columns + c_1C, mask=mask_RC, other=0.0).to(tl.float32)
-        bias = tl.load(bias_EC + expert_R1 * columns + c_1C, mask=mask_RC, other=0.0).to(tl.float32)
-        sum_R += tl.sum(grad * bias, 1)
-    tl.store(out_R + row_R, sum_R, mask=row_R < used)
-
-
-@jit
-def _sum_experts(  # type: ignore[no-untyped-def]
-    rows_RC, weights_R, offsets_E, out_EC, columns, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr
-):
-    """One program sums one expert's rows over a strip of columns, in order: no atomics."""
-    expert = tl.program_id(0)
-    c_1C = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
+    """One tile of one expert's result: a sum over its rows. Three programs of 128 threads fit a multiprocessor, which
+    hides each other's first loads and last stores: with 256 rows a tile's sum has only 8 steps."""
+    down, across = tl.cdiv(height, TILE), tl.cdiv(width, TILE)
+    expert = tl.program_id(0) // (down * across)
+    tile = tl.program_id(0) - expert * down * across
+    group = tile // (GROUP * across)
+    size = tl.minimum(down - group * GROUP, GROUP)
+    tile -= group * GROUP * across
+    m = (group * GROUP + tile % size) * TILE
+    n = (tile // size) * TILE
     begin = tl.load(offsets_E + expert - 1, mask=expert > 0, other=0)
-    end = tl.load(offsets_E + expert)
-    sum_RC = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
-    for start in range(begin, end, BLOCK_R):
-        row_R1 = (start + tl.arange(0, BLOCK_R))[:, None].to(tl.int64)
-        mask_RC = (row_R1 < end) & (c_1C < columns)
-        value_RC = tl.load(rows_RC + row_R1 * columns + c_1C, mask=mask_RC, other=0.0).to(tl.float32)
-        if weights_R is not None:
-            value_RC *= tl.load(weights_R + row_R1, mask=row_R1 < end, other=0.0).to(tl.float32)
-        sum_RC += value_RC
-    sum_1C = tl.sum(sum_RC, 0)[None, :]
-    tl.store(out_EC + expert * columns + c_1C, sum_1C.to(out_EC.dtype.element_ty), mask=c_1C < columns)
+    count = tl.load(offsets_E + expert) - begin
+    acc_MN = tl.zeros((TILE, TILE), tl.float32)
+    for r in range(0, count, TILE_R):
+        left_RM = _load(left, begin, count, r, m, TILE_R, TILE)
+        right_RN = _load(right, begin, count, r, n, TILE_R, TILE)
+        acc_MN = tl.dot(left_RM.T, right_RN, acc_MN)
+    out.store([expert, m, n], acc_MN.to(out.dtype).reshape(1, TILE, TILE))

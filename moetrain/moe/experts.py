@@ -9,6 +9,7 @@ Shapes: R rows, H hidden size, I intermediate size, e experts of this rank.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +33,7 @@ def looped_mm(rows_RX: Tensor, weight_eXY: Tensor, offsets_e: Tensor) -> Tensor:
 MATMULS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {"grouped_mm": grouped_mm, "eager": looped_mm}
 
 
-def run_experts(experts: nn.Module, rows_RH: Tensor, offsets_e: Tensor, weights_R: Tensor, matmul: str) -> Tensor:
+def run_experts(experts: Any, rows_RH: Tensor, offsets_e: Tensor, weights_R: Tensor, matmul: str) -> Tensor:
     """Weighted output of each row's expert: [R, H] in the type of the rows.
 
     Args:
@@ -55,7 +56,7 @@ def run_experts(experts: nn.Module, rows_RH: Tensor, offsets_e: Tensor, weights_
 
 def _linear(
     mm: Callable[[Tensor, Tensor, Tensor], Tensor],
-    experts: nn.Module,
+    experts: Any,
     name: str,
     rows: Tensor,
     offsets_e: Tensor,

@@ -6,7 +6,9 @@ experts on one rank) and as an expert-parallel implementation (`DistributedConfi
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from typing import Any
+
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from transformers.distributed.expert_parallel import EPImplementation, EPImplementationInterface
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
@@ -21,23 +23,21 @@ NAME = "moetrain"
 
 
 def moe_forward(
-    experts: nn.Module, dispatcher: Dispatcher, tokens_TH: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor
+    experts: Any, dispatcher: Dispatcher, tokens_TH: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor
 ) -> Tensor:
     """Weighted sum of the chosen experts' outputs for each token: [T, H] in the type of the tokens."""
     dispatched = dispatcher.dispatch(tokens_TH, expert_ids_TK, weights_TK)
-    rows_RH = run_experts(
-        experts, dispatched.rows_RH, dispatched.offsets_e, dispatched.weights_R, matmul_of(experts)
-    )
+    rows_RH = run_experts(experts, dispatched.rows_RH, dispatched.offsets_e, dispatched.weights_R, matmul_of(experts))
     return dispatcher.combine(rows_RH, dispatched)
 
 
-def matmul_of(experts: nn.Module) -> str:
+def matmul_of(experts: Any) -> str:
     """The arithmetic that `experts_implementation` asks for; `moetrain` stands for the fastest that fits."""
     requested = getattr(experts.config, "_experts_implementation", None)
     return requested if requested in MATMULS else "grouped_mm"
 
 
-def local_experts_forward(experts: nn.Module, tokens_TH: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
+def local_experts_forward(experts: Any, tokens_TH: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
     """Experts function for models whose experts are all on this rank."""
     return moe_forward(experts, LocalDispatcher(experts.num_experts), tokens_TH, expert_ids_TK, weights_TK)
 
@@ -48,7 +48,7 @@ class MoetrainEP(EPImplementation):
     dispatch = "auto"
     """Name of the dispatcher; the subclasses that `register` makes fix the others."""
 
-    def __init__(self, experts: nn.Module, ep_mesh: DeviceMesh, tp_mesh: DeviceMesh) -> None:
+    def __init__(self, experts: Any, ep_mesh: DeviceMesh, tp_mesh: DeviceMesh) -> None:
         super().__init__(experts, ep_mesh, tp_mesh)
         self.experts = experts
         support_sharded_experts(experts, ep_mesh.get_local_rank() * experts.num_experts)

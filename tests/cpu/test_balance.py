@@ -51,7 +51,7 @@ def test_counts_of_several_passes(family: str) -> None:
     model(**batch(5), use_cache=False)
     stats.read()
     assert stats.load_LE.sum(1).unique().numel() == 1
-    assert stats.load_LE.sum() == load.layers.__len__() * 32 * min(TOP_K, model.config.num_experts_per_tok)
+    assert stats.load_LE.sum() == len(load.layers) * 32 * min(TOP_K, model.config.num_experts_per_tok)
 
 
 def test_extremes() -> None:
@@ -60,7 +60,8 @@ def test_extremes() -> None:
     load = stats.read()
     one, two = load.layers
     assert (one.max_over_mean, one.idle_experts, one.entropy) == (4.0, 3, 0.0)
-    assert (two.max_over_mean, two.idle_experts, two.entropy) == (1.0, 0, pytest.approx(1.0))
+    assert (two.max_over_mean, two.idle_experts) == (1.0, 0)
+    assert two.entropy == pytest.approx(1.0)
 
 
 def test_a_dense_model_has_no_load() -> None:
@@ -106,7 +107,17 @@ def correction_biases(model: nn.Module) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize(
     "family",
-    ["deepseek_v3", "glm4_moe", "nemotron_h", "minimax_m2", "ernie4_5_moe", "dots1", "afmoe", "lfm2_moe", "deepseek_v4"],
+    [
+        "deepseek_v3",
+        "glm4_moe",
+        "nemotron_h",
+        "minimax_m2",
+        "ernie4_5_moe",
+        "dots1",
+        "afmoe",
+        "lfm2_moe",
+        "deepseek_v4",
+    ],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_bias_update_of_a_family(family: str, dtype: torch.dtype) -> None:
@@ -114,7 +125,7 @@ def test_bias_update_of_a_family(family: str, dtype: torch.dtype) -> None:
     stats = LoadStats.attach(model)
     update = BiasUpdate(model, 0.001, stats)
     before = {name: bias.detach().clone() for name, bias in correction_biases(model).items()}
-    with pytest.raises(RuntimeError, match="needs a LoadStats.read"):
+    with pytest.raises(RuntimeError, match=r"needs a LoadStats\.read"):
         update.step()
     model(**batch(0), use_cache=False)
     load = {layer.name: row for layer, row in zip(stats.read().layers, stats.load_LE, strict=True)}
@@ -126,7 +137,7 @@ def test_bias_update_of_a_family(family: str, dtype: torch.dtype) -> None:
         expected = before[name] + 0.001 * torch.sign(layer.mean() - layer)
         torch.testing.assert_close(bias.detach(), expected, rtol=0, atol=1e-7)
         assert not torch.equal(bias, before[name])
-    with pytest.raises(RuntimeError, match="needs a LoadStats.read"):
+    with pytest.raises(RuntimeError, match=r"needs a LoadStats\.read"):
         update.step()
 
 

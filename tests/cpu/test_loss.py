@@ -46,7 +46,9 @@ def inputs(tokens: int, hidden: int, vocabulary: int, dtype: torch.dtype = torch
 @pytest.mark.parametrize("tokens", [0, 1, 7, 64])
 @pytest.mark.parametrize("chunk", [1, 5, 64, 1000, None])
 @pytest.mark.parametrize(("bias", "scale", "softcap"), [(False, 1.0, None), (True, 0.25, None), (True, 3.0, 5.0)])
-def test_chunked_equals_reference(tokens: int, chunk: int | None, bias: bool, scale: float, softcap: float | None) -> None:
+def test_chunked_equals_reference(
+    tokens: int, chunk: int | None, bias: bool, scale: float, softcap: float | None
+) -> None:
     x = inputs(tokens, 12, 33)
     leaves = [x.hidden, x.weight, *([x.bias] if bias else [])]
     args = (x.hidden, x.weight, x.labels, x.bias if bias else None, scale, softcap)
@@ -103,6 +105,23 @@ def test_gradients_of_what_is_trained(trained: set[str]) -> None:
             torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
 
 
+def test_without_gradients_only_the_loss_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = []
+    real = moetrain.loss.torch_cross_entropy
+
+    def spy(*args: Any) -> tuple[Tensor, Tensor]:
+        wanted.append(args[-1])
+        return real(*args)
+
+    monkeypatch.setattr(moetrain.loss, "torch_cross_entropy", spy)
+    x = inputs(20, 12, 33)
+    with torch.no_grad():
+        loss = chunked_linear_cross_entropy(x.hidden, x.weight, x.labels, x.bias, chunk_tokens=10)
+    torch.testing.assert_close(loss, linear_cross_entropy_ref(x.hidden, x.weight, x.labels, x.bias))
+    chunked_linear_cross_entropy(x.hidden, x.weight, x.labels, x.bias, chunk_tokens=10)
+    assert wanted == [False, False, True, True]
+
+
 def test_second_backward_is_refused() -> None:
     x = inputs(5, 12, 33)
     loss = chunked_linear_cross_entropy(x.hidden, x.weight, x.labels)
@@ -113,7 +132,7 @@ def test_second_backward_is_refused() -> None:
 
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(moetrain.loss, "CHUNK_LOGITS", 7 * 128)
+    monkeypatch.setitem(moetrain.loss.CHUNK_LOGITS, "cpu", 7 * 128)
 
 
 def gradients(model: Any, rows: dict[str, Tensor], **kwargs: Any) -> tuple[Any, dict[str, Tensor]]:
@@ -239,11 +258,11 @@ def shifted_head(model: Any) -> None:
 
     class Shifted(type(model)):  # type: ignore[misc]
         def forward(self, *args: Any, **kwargs: Any) -> Any:
-            real, self.lm_head = self.lm_head, nn.Sequential(self.lm_head, nn.Softplus())
+            handle = self.lm_head.register_forward_hook(lambda module, args, output: F.softplus(output))
             try:
                 return forward(self, *args, **kwargs)
             finally:
-                self.lm_head = real
+                handle.remove()
 
     model.__class__ = Shifted
 

@@ -160,9 +160,7 @@ def test_8bit_follows_torchaos_adam() -> None:
         optimizer.step()
         step += 1
         lr = torch.tensor(config.lr)
-        single_param_adam(
-            theirs, grads[-1][0], step, *averages, None, lr, *config.betas, 0.1, config.eps, True, False
-        )
+        single_param_adam(theirs, grads[-1][0], step, *averages, None, lr, *config.betas, 0.1, config.eps, True, False)
     assert optimizer.state[model.weight]["exp_avg"].dtype == torch.uint8
     torch.testing.assert_close(model.weight.detach(), theirs, rtol=1e-4, atol=1e-4)
     expected = reference_adamw([exact], grads, [0.1], config)[0]
@@ -171,7 +169,15 @@ def test_8bit_follows_torchaos_adam() -> None:
 
 @pytest.mark.parametrize(
     ("shape", "block"),
-    [((64, 256), 256), ((8, 64, 2880), 64), ((128, 96), 32), ((4096,), 0), ((4, 4), 0), ((1024, 40), 0), ((64, 768), 256)],
+    [
+        ((64, 256), 256),
+        ((8, 64, 2880), 64),
+        ((128, 96), 32),
+        ((4096,), 0),
+        ((4, 4), 0),
+        ((1024, 40), 0),
+        ((64, 768), 256),
+    ],
 )
 def test_quantised_block(shape: tuple[int, ...], block: int) -> None:
     assert quantised_block(torch.empty(shape, device="meta")) == block

@@ -152,10 +152,11 @@ def bf16_parity(rank: int, world_size: int, families: list[str], folder: str) ->
         for model, inputs in ((plain, whole), (rounded, whole), (sharded, batches[rank])):
             model(**inputs, use_cache=False).loss.backward()
         exact = {n: p.grad for n, p in plain.named_parameters() if p.grad is not None}
-        results[family] = tuple(
+        distances = [
             _distance(exact, {n: full(p.grad).float() for n, p in model.named_parameters() if p.grad is not None})
             for model in (sharded, rounded)
-        )
+        ]
+        results[family] = (distances[0], distances[1])
     return results
 
 

@@ -80,7 +80,11 @@ def dispatch_differences(
 
         num_local = num_experts // world_size
         local = slice(rank * num_local, (rank + 1) * num_local)
-        ours = [tokens.clone().requires_grad_(), weights.clone().requires_grad_(), scales[local].clone().requires_grad_()]
+        ours = [
+            tokens.clone().requires_grad_(),
+            weights.clone().requires_grad_(),
+            scales[local].clone().requires_grad_(),
+        ]
         dispatcher = build_dispatcher(name, num_experts, group)
         dispatched = dispatcher.dispatch(ours[0], ids, ours[1])
         ends = dispatched.offsets_e.tolist()
@@ -89,7 +93,9 @@ def dispatch_differences(
         rows = _Poisoned.apply(dispatched.rows_RH, ends[-1])
         used = expert_function(rows[: ends[-1]], dispatched.weights_R[: ends[-1]], scale_of_row)
         rest = rows.shape[0] - ends[-1]
-        output = dispatcher.combine(_Poisoned.apply(torch.cat([used, used.new_zeros(rest, HIDDEN)]), ends[-1]), dispatched)
+        output = dispatcher.combine(
+            _Poisoned.apply(torch.cat([used, used.new_zeros(rest, HIDDEN)]), ends[-1]), dispatched
+        )
         (output * upstream).sum().backward()
 
         pairs = [

@@ -60,9 +60,7 @@ class Setup:
     def model(self, family: str, dtype: torch.dtype = torch.float32) -> Any:
         path = self.models / family
         if self.world_size == 1:
-            return transformers.AutoModelForCausalLM.from_pretrained(
-                path, dtype=dtype, experts_implementation="eager"
-            )
+            return transformers.AutoModelForCausalLM.from_pretrained(path, dtype=dtype, experts_implementation="eager")
         return AutoModelForCausalLM.from_pretrained(
             path, dtype=dtype, distributed_config=DistributedConfig(**self.layout)
         )
@@ -146,13 +144,14 @@ def finish(setup: Setup, trainer: Trainer) -> Outcome:
     }
 
 
-def trainer_run(setup: Setup, family: str = "qwen3_moe", **kwargs: Any) -> Outcome:
+def trainer_run(setup: Setup, family: str = "qwen3_moe", evaluate_first: bool = False, **kwargs: Any) -> Outcome:
     """Full fine-tuning with the Trainer, and an evaluation."""
     data = ragged_dataset()
     arguments = TrainingArguments(**setup.arguments(**kwargs))
     trainer = Trainer(model=setup.model(family), args=arguments, train_dataset=data, eval_dataset=data.select(range(8)))
-    before = trainer.evaluate()["eval_loss"]
-    return finish(setup, trainer) | {"eval_losses": [before, trainer.evaluate()["eval_loss"]]}
+    if evaluate_first:
+        trainer.evaluate()
+    return finish(setup, trainer) | {"eval_losses": [trainer.evaluate()["eval_loss"]]}
 
 
 def sft_run(setup: Setup, family: str = "qwen3_moe", with_lora: bool = False, **kwargs: Any) -> Outcome:
@@ -237,9 +236,12 @@ def lora_gradients(setup: Setup, family: str = "qwen3_moe") -> Outcome:
 
 CASES: dict[str, Callable[[Setup], Outcome]] = {
     "trainer": trainer_run,
+    "trainer-evaluated_first": lambda setup: trainer_run(setup, evaluate_first=True),
     "trainer-nemotron_h": lambda setup: trainer_run(setup, "nemotron_h"),
     "trainer-accumulation": lambda setup: trainer_run(setup, gradient_accumulation_steps=2),
-    "trainer-checkpointing": lambda setup: trainer_run(setup, gradient_checkpointing=True),
+    "trainer-checkpointing": lambda setup: trainer_run(
+        setup, gradient_checkpointing=True, save_strategy="steps", save_steps=2, save_only_model=True
+    ),
     "sft": sft_run,
     "sft-nemotron_h": lambda setup: sft_run(setup, "nemotron_h"),
     "sft-lora": lambda setup: sft_run(setup, with_lora=True, gradient_checkpointing=True),

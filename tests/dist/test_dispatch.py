@@ -10,7 +10,9 @@ from tests.dist.dispatch_cases import dispatch_differences
 from tests.ranks import run_ranks
 
 KINDS = ("uniform", "skewed", "last_rank", "holes", "empty_rank")
-CASES = [(kind, tokens, top_k, experts) for kind in KINDS for tokens, top_k, experts in ((7, 2, 8), (1, 1, 4), (33, 4, 8))]
+CASES = [
+    (kind, tokens, top_k, experts) for kind in KINDS for tokens, top_k, experts in ((7, 2, 8), (1, 1, 4), (33, 4, 8))
+]
 
 
 @pytest.mark.parametrize(("name", "ranks"), [("local", 1), ("alltoall", 2), ("alltoall", 4)])
@@ -36,7 +38,5 @@ def test_local_dispatch_does_not_sync() -> None:
 
     with FakeTensorMode():
         dispatcher = build_dispatcher("local", 8, None)
-        dispatched = dispatcher.dispatch(
-            torch.empty(5, 4), torch.zeros(5, 2, dtype=torch.int64), torch.empty(5, 2)
-        )
+        dispatched = dispatcher.dispatch(torch.empty(5, 4), torch.zeros(5, 2, dtype=torch.int64), torch.empty(5, 2))
         assert dispatcher.combine(dispatched.rows_RH, dispatched).shape == (5, 4)

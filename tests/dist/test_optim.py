@@ -135,7 +135,7 @@ def check_unsharded_parameters(rank: int) -> None:
     if rank != 1:
         local = torch.full((2, 8), float(rank + 1))
         sharded.weight.grad = DTensor.from_local(local, mesh, sharded.weight.placements, run_check=False)
-    norm = clip_grad_norm([plain, sharded.weight], None)
+    norm = clip_grad_norm([plain, *sharded.parameters()], None)
     assert norm.item() == pytest.approx((3 * 4 + 16 * (1 + 9 + 16)) ** 0.5)
 
 

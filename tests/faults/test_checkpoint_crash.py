@@ -43,7 +43,7 @@ CALLS: list[tuple[Any, str]] = [
 
 
 def killed_before(call: int, action: Callable[[], object], patches: Patches) -> bool:
-    """Run `action` in a fork that is killed with SIGKILL before its `call`-th call of `CALLS`; False if it had fewer."""
+    """Run `action` in a fork that gets SIGKILL before its `call`-th call of `CALLS`; False if it made fewer."""
     child = os.fork()
     if child == 0:
         left = [call]

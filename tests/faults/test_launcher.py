@@ -8,13 +8,18 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import pytest
 
 from moetrain import launcher
+from moetrain.config import RunConfig, load_config
 from moetrain.launcher import launch, rank_environment, run_local
+from moetrain.metrics import EvalRecord, Metrics
 
 ROOT = Path(launcher.__file__).parents[1]
 PREAMBLE = """
@@ -194,16 +199,15 @@ def test_second_interrupt_kills(tmp_path: Path, started: list[subprocess.Popen[s
     assert wait_until_gone(pids, 0) == []
 
 
-def test_interrupt_before_training_listens(tmp_path: Path, started: list[subprocess.Popen[str]]) -> None:
-    process = start_launcher(
-        tmp_path, "signal.signal(2, signal.SIG_DFL); publish('pid', os.getpid()); time.sleep(600)", 2, started
-    )
+@pytest.mark.parametrize("handler", ["signal.SIG_DFL", "lambda *_: sys.exit(130)"], ids=["killed", "exits"])
+def test_interrupt_before_training_listens(tmp_path: Path, started: list[subprocess.Popen[str]], handler: str) -> None:
+    body = f"signal.signal(signal.SIGINT, {handler}); publish('pid', os.getpid()); time.sleep(600)"
+    process = start_launcher(tmp_path, body, 2, started)
     read(tmp_path, "pid", 2)
-    time.sleep(0.2)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=10)
     assert process.returncode == 130
-    assert "stopped by SIGINT" in errors and "last lines" not in errors
+    assert "stopped by SIGINT" in errors and "ended with" not in errors and "last lines" not in errors
 
 
 @pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGHUP])
@@ -255,9 +259,75 @@ dist.destroy_process_group()
     assert first[1] == "SIGTERM" and first[0] >= 3
 
 
-def test_wrong_configuration_starts_nothing(tmp_path: Path) -> None:
+@pytest.fixture
+def run_config(tmp_path: Path) -> str:
     config = tmp_path / "run.yaml"
-    config.write_text(f"output_dir: {tmp_path}/out\nmodel: {{path: start}}\ntrain: {{steps: 1}}\ndata: {{train: []}}\n")
+    config.write_text(
+        f"output_dir: {tmp_path}/out\nmodel: {{path: start}}\ntrain: {{steps: 1}}\ndata: {{train: [{{path: a.txt}}]}}\n"
+    )
+    return str(config)
+
+
+@pytest.fixture
+def trained(monkeypatch: pytest.MonkeyPatch) -> list[tuple[RunConfig, dict[str, str]]]:
+    """Configurations and environments that the trainer was called with; it writes one record."""
+    calls: list[tuple[RunConfig, dict[str, str]]] = []
+
+    def train(config: RunConfig) -> None:
+        calls.append((config, dict(os.environ)))
+        out = Metrics(config.metrics, config.output_dir, int(os.environ["RANK"]), config.train.steps)
+        out.eval(EvalRecord(step=0, loss=2.0, tokens=8))
+        out.close()
+
+    trainer = types.ModuleType("moetrain.trainer")
+    trainer.train = train
+    monkeypatch.setitem(sys.modules, "moetrain.trainer", trainer)
+    return calls
+
+
+def test_one_process_trains_here_and_leaves_a_report(
+    tmp_path: Path, run_config: str, trained: list[Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with mock.patch.dict(os.environ):
+        assert launch(run_config, ["train.seed=3"], processes=1) == 0
+    ((config, environment),) = trained
+    assert config.train.seed == 3
+    assert (environment["RANK"], environment["WORLD_SIZE"]) == ("0", "1")
+    assert load_config(tmp_path / "out" / "config.yaml") == config
+    printed = capsys.readouterr().out
+    for name in ("config.yaml", "metrics.jsonl", "report.html", "run.png"):
+        assert (tmp_path / "out" / name).exists() and f"  {name} " in printed
+    assert "checkpoints" not in printed
+
+
+def test_rank_of_another_launcher_trains_here(tmp_path: Path, run_config: str, trained: list[Any]) -> None:
+    with mock.patch.dict(os.environ, {"RANK": "1", "WORLD_SIZE": "4"}):
+        assert launch(run_config, processes=2) == 0
+    assert len(trained) == 1
+    assert not (tmp_path / "out").exists(), "rank 0 alone writes"
+
+
+def test_each_local_process_is_a_rank_of_the_verb(run_config: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[Any] = []
+
+    def run(*args: Any) -> int:
+        calls.append(args)
+        return 4
+
+    monkeypatch.setattr(launcher, "run_local", run)
+    assert launch(run_config, ["parallel.processes=3"]) == 4
+    command, processes, logs = calls[0]
+    assert command == [sys.executable, "-m", "moetrain", "train", run_config, "parallel.processes=3"]
+    assert processes == 3 and logs == Path(load_config(run_config).output_dir) / "logs"
+
+
+def test_output_that_cannot_be_written_starts_nothing(run_config: str, trained: list[Any]) -> None:
+    with pytest.raises(ValueError, match="output_dir /dev/null/out cannot be written"):
+        launch(run_config, ["output_dir=/dev/null/out"], processes=2)
+    assert trained == []
+
+
+def test_wrong_configuration_starts_nothing(tmp_path: Path, run_config: str) -> None:
     with pytest.raises(ValueError, match=r"data\.train: List should have at least 1 item"):
-        launch(str(config), processes=2)
+        launch(run_config, ["data.train=[]"], processes=2)
     assert not (tmp_path / "out").exists()

@@ -14,11 +14,16 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import _resolve_process_group
 
 
+def _group(name: str) -> dist.ProcessGroup:
+    # operators take no process groups, only their names
+    return _resolve_process_group(name)  # type: ignore[arg-type]
+
+
 @torch.library.custom_op("moetrain::exchange_counts", mutates_args=())
 def exchange_counts(counts: Tensor, group_name: str) -> Tensor:
     """Row r of `counts` [ranks, n] goes to rank r; row r of the result came from rank r."""
     received = torch.empty_like(counts)
-    dist.all_to_all_single(received, counts.contiguous(), group=_resolve_process_group(group_name))
+    dist.all_to_all_single(received, counts.contiguous(), group=_group(group_name))
     return received
 
 
@@ -32,9 +37,7 @@ def all_to_all_rows(rows: Tensor, recv_sizes: list[int], send_sizes: list[int], 
     """The first `send_sizes[0]` rows go to rank 0, the next `send_sizes[1]` to rank 1, ...; the result holds
     `recv_sizes[0]` rows from rank 0, then those from rank 1, ... Differentiable."""
     received = rows.new_empty(sum(recv_sizes), *rows.shape[1:])
-    dist.all_to_all_single(
-        received, rows.contiguous(), recv_sizes, send_sizes, group=_resolve_process_group(group_name)
-    )
+    dist.all_to_all_single(received, rows.contiguous(), recv_sizes, send_sizes, group=_group(group_name))
     return received
 
 
