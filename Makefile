@@ -22,7 +22,7 @@ train: $(VENV)/.ready ## Train a small MoE on the Python standard library's sour
 	$(BIN)/moetrain train configs/python_stdlib.yaml
 
 test: $(VENV)/.ready ## All tests that need no GPU
-	$(PYTEST) tests/cpu tests/dist tests/faults tests/golden -m 'not slow'
+	$(PYTEST) -n 2 --dist loadfile -m 'not slow' tests/cpu tests/dist tests/faults tests/golden
 
 check: $(VENV)/.ready ## Formatter, linter and type checker
 	$(BIN)/ruff format --check .

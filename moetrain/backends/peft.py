@@ -42,6 +42,11 @@ def adapted(experts: nn.Module, name: str) -> Tensor:
     return weight
 
 
+def lend(experts: nn.Module, name: str, factors: list[tuple[Tensor, Tensor, float]]) -> None:
+    """Let `adapted` add the sum of `scaling * lhs @ rhs`, with `(lhs, rhs, scaling)` of all experts, to a parameter."""
+    experts.__dict__.setdefault(_FACTORS, {})[name] = factors
+
+
 def _install() -> None:
     """Teach PEFT's LoRA about DTensors, once. Plain tensors keep its own way."""
     from peft.tuners.lora.layer import Linear, LoraLayer, ParamWrapper
@@ -72,12 +77,11 @@ def _activate_sharded(original: Any) -> Any:
                 "Reach linear layers through target_modules."
             )
         factors = [self.get_delta_factors(name) for name in active_adapters if name in self.lora_A]
-        table = experts.__dict__.setdefault(_FACTORS, {})
-        table[self.parameter_name] = factors
+        lend(experts, self.parameter_name, factors)
         try:
             yield
         finally:
-            del table[self.parameter_name]
+            lend(experts, self.parameter_name, [])
 
     activate._knows_dtensors = True  # type: ignore[attr-defined]
     return activate

@@ -18,9 +18,11 @@ from typing import Any
 
 import torch
 
-from moetrain.kernels.activation import Activation, gated_activation, gated_activation_backward, recognise_activation
+from moetrain.kernels.activation import Activation, recognise_activation
+from moetrain.kernels.bias import add_row_bias_, expert_sum, row_bias_backward
 from moetrain.kernels.experts import ExpertWeights, expert_weights, experts_forward
-from moetrain.kernels.grouped import add_row_bias_, expert_sum, grouped_mm, row_bias_backward
+from moetrain.kernels.gated import gated_activation, gated_activation_backward
+from moetrain.kernels.grouped import multiply_outer, multiply_rows
 from moetrain.kernels.permute import permute_rows, sum_rows
 from moetrain.kernels.routing import route_sort
 
@@ -179,7 +181,7 @@ def _bench_parts(name: str, module: torch.nn.Module, limits: dict[str, tuple[flo
     up_weight, down_weight = (
         (w if weights.transposed else w.transpose(1, 2)).detach() for w in (weights.up, weights.down)
     )
-    up = grouped_mm(rows, up_weight, offsets)
+    up = multiply_rows(rows, up_weight, offsets)
     act = gated_activation(up, row_weights, offsets, weights.up_bias, activation)
     grad_up, _, _ = gated_activation_backward(act, up, row_weights, offsets, weights.up_bias, activation)
 
@@ -188,18 +190,21 @@ def _bench_parts(name: str, module: torch.nn.Module, limits: dict[str, tuple[flo
         rate = 2 * numbers / ms / 1e6
         return Row(name, part, ms, rate, "GB/s", rate / limits["copy"][1])
 
-    def matrix(part: str, fn: Callable[[], Any], inner: int) -> Row:
-        ms = graph_milliseconds(fn)
-        rate = 2 * index.numel() * shape.hidden * inner / ms / 1e9
-        return Row(name, part, ms, rate, "TFLOP/s", rate / limits["gemm 8192"][1])
+    def products(part: str, a: torch.Tensor, b: torch.Tensor, inner: int) -> list[Row]:
+        """Ours and torch's product: rows [R, K] by weights [E, K, N], or the sum of outer products of two rows."""
+        fn, left = (multiply_outer, a.t()) if b.dim() == 2 else (multiply_rows, a)
+        times = {
+            "grouped": graph_milliseconds(lambda: fn(a, b, offsets)),
+            "torch grouped": graph_milliseconds(lambda: torch._grouped_mm(left, b, offs=offsets)),
+        }
+        flops = 2 * index.numel() * shape.hidden * inner
+        rates = {system: flops / ms / 1e9 for system, ms in times.items()}
+        limit = limits["gemm 8192"][1]
+        return [Row(name, f"{k} {part}", ms, rates[k], "TFLOP/s", rates[k] / limit) for k, ms in times.items()]
 
     r, t, w, i = rows.numel(), x.numel(), up.numel(), act.numel()
     width, inner = up.shape[1], act.shape[1]
-
-    def wgrad(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-        left, right = (right, left) if weights.transposed else (left, right)
-        return grouped_mm(left.t(), right, offsets)
-
+    up_pair, down_pair = ((rows, grad_up), (act, rows)) if weights.transposed else ((grad_up, rows), (rows, act))
     table = [
         memory("route_sort", lambda: route_sort(index, shape.num_experts), 4 * index.numel() + 4 * index.numel()),
         memory("torch.sort", lambda: torch.sort(index.view(-1)), 4 * index.numel() + 8 * index.numel()),
@@ -211,18 +216,18 @@ def _bench_parts(name: str, module: torch.nn.Module, limits: dict[str, tuple[flo
             lambda: gated_activation_backward(act, up, row_weights, offsets, weights.up_bias, activation),
             2 * w + 2 * i,
         ),
-        matrix("grouped up", lambda: grouped_mm(rows, up_weight, offsets), width),
-        matrix("grouped down", lambda: grouped_mm(act, down_weight, offsets), inner),
-        matrix("grouped down dgrad", lambda: grouped_mm(rows, down_weight.transpose(1, 2), offsets), inner),
-        matrix("grouped up dgrad", lambda: grouped_mm(grad_up, up_weight.transpose(1, 2), offsets), width),
-        matrix("grouped down wgrad", lambda: wgrad(rows, act), inner),
-        matrix("grouped up wgrad", lambda: wgrad(grad_up, rows), width),
+        *products("up", rows, up_weight, width),
+        *products("down", act, down_weight, inner),
+        *products("down dgrad", rows, down_weight.transpose(1, 2), inner),
+        *products("up dgrad", grad_up, up_weight.transpose(1, 2), width),
+        *products("down wgrad", *down_pair, inner),
+        *products("up wgrad", *up_pair, width),
     ]
     if weights.down_bias is not None:
         bias = weights.down_bias.detach()
         table += [
             memory("down bias", lambda: add_row_bias_(rows, row_weights, offsets, bias), 2 * r),
-            memory("down bias, weight grad", lambda: row_bias_backward(rows, row_weights, offsets, bias), r),
+            memory("down bias, weight grad", lambda: row_bias_backward(rows, offsets, bias), r),
             memory("down bias grad", lambda: expert_sum(rows, row_weights, offsets), r),
             memory("up bias grad", lambda: expert_sum(up, None, offsets), w),
         ]

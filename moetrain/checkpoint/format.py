@@ -11,7 +11,8 @@ import json
 import math
 import os
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -189,7 +190,8 @@ class ShardWriter:
         return written
 
     def _write(self, block: bytes | memoryview) -> int:
-        self._file.write(block)
+        with self._closed_on_error():
+            self._file.write(block)
         self._digest.update(block)
         return len(block)
 
@@ -199,10 +201,21 @@ class ShardWriter:
 
     def close(self) -> str:
         """Bring the file to the disk; returns its SHA-256 in hex."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        with self._closed_on_error():
+            self._file.flush()
+            os.fsync(self._file.fileno())
         self._file.close()
         return self._digest.hexdigest()
+
+    @contextmanager
+    def _closed_on_error(self) -> Iterator[None]:
+        """A file that stays open keeps its room on a full disk after it is deleted."""
+        try:
+            yield
+        except OSError:
+            with suppress(OSError):  # closing writes what is buffered, and fails again
+                self._file.close()
+            raise
 
 
 def read_range(path: Path, start: int, end: int) -> Iterable[bytes]:

@@ -53,11 +53,8 @@ class Stream:
     def __init__(self, plans: list[RowPlan], weight: float) -> None:
         self.plans = plans
         self.weight = weight
+        self.num_rows = sum(plan.num_rows for plan in plans)
         self._ends = np.cumsum([plan.num_rows for plan in plans])
-
-    @property
-    def num_rows(self) -> int:
-        return int(self._ends[-1])
 
     def row(self, number: int) -> Row:
         plan = int(np.searchsorted(self._ends, number, side="right"))

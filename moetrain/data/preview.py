@@ -38,7 +38,7 @@ def preview(config: DataConfig, tokenizer: PreTrainedTokenizerBase, rows: int, c
                     file, whole(file, np.arange(_documents(file, config, rows))), config.seq_len, config.packing
                 )
                 for row in range(min(rows, plan.num_rows)):
-                    console.print(Rule(f"{source.path}: row {row}", style="bold"))
+                    console.print(Rule(Text(f"{source.path}: row {row}"), style="bold"))
                     _print_row(plan.documents_of(row), config.seq_len, tokenizer, console)
     console.print(Text.assemble(("tokens with loss", LOSS_STYLE), "  ", ("context without loss", CONTEXT_STYLE)))
 
@@ -61,7 +61,7 @@ def _documents(file: TokenFile, config: DataConfig, rows: int) -> int:
 def _print_row(row: Row, seq_len: int, tokenizer: PreTrainedTokenizerBase, console: Console) -> None:
     for number, (ids, loss) in enumerate(row):
         carries = loss & (np.arange(len(ids)) > 0)
-        title = f"document {number}: {len(ids)} tokens, {int(carries.sum())} with loss"
+        title = Text(f"document {number}: {len(ids)} tokens, {int(carries.sum())} with loss")
         console.print(Rule(title, align="left", style="cyan"))
         console.print(_coloured(ids.tolist(), carries.tolist(), tokenizer))
     used = sum(len(ids) for ids, _ in row)

@@ -135,7 +135,12 @@ def tokenize_to_file(
         raise ValueError(_nothing(source, files, bad))
     if config.loss_on == "assistant" and head.messages is None:
         raise ValueError(f"data.loss_on=assistant needs chats, but {head.origin} is text; use auto or all")
-    encoder = _Encoder(tokenizer, bad, masked=head.messages is not None and config.loss_on != "all")
+    encoder = _Encoder(
+        tokenizer,
+        bad,
+        masked=head.messages is not None and config.loss_on != "all",
+        batch_characters=_BATCH_CHARACTERS if max_tokens is None else min(_BATCH_CHARACTERS, max_tokens),
+    )
     with (
         TokenWriter(path, vocab_size=len(tokenizer), masked=encoder.masked) as writer,
         _progress_bar(source, files, progress) as bar,
@@ -165,10 +170,13 @@ def tokenize_to_file(
 class _Encoder:
     """Records -> documents of token ids. Text ends with the end-of-text token; chats follow the chat template."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, bad: BadLines, *, masked: bool) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, bad: BadLines, *, masked: bool, batch_characters: int
+    ) -> None:
         self.tokenizer = tokenizer
         self.bad = bad
         self.masked = masked
+        self.batch_characters = batch_characters
         self._chat: ChatEncoder | None = None
 
     def encode(self, records: Iterable[Record]) -> Iterator[tuple[float, list[Encoded]]]:
@@ -183,7 +191,7 @@ class _Encoder:
                 continue
             batch.append(record)
             characters += len(record.text or "")
-            if characters >= _BATCH_CHARACTERS:
+            if characters >= self.batch_characters:
                 yield from self._flush(batch)
                 batch, characters = [], 0
         yield from self._flush(batch)

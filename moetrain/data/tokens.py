@@ -2,10 +2,10 @@
 
 Layout, little-endian:
 
-    0     magic "moetrain", then the length of the header in bytes (uint32) and its CRC-32 (uint32)
-    16    header, JSON, padded with blanks to byte 4096
+    0     magic "moetrain", then the CRC-32 of the header (uint32)
+    12    header, JSON, padded with blanks to byte 4096
     4096  tokens of all documents, uint16 or uint32
-    then  index: for each document the end of its tokens (int64) and its hash (uint64), padded to 8 bytes
+    then  zeros up to a multiple of 8 bytes, the end of each document's tokens (int64), the hash of each (uint64)
 
 Where only part of the tokens carry loss (chat), tokens are uint32 and the highest bit marks those that do.
 A file is written under a temporary name and renamed when it is complete.
@@ -76,8 +76,8 @@ class TokenWriter:
     def commit(self, facts: dict[str, Any]) -> None:
         """Write index and header, with `facts` (JSON) in it, and give the file its name."""
         assert self._file is not None
-        self._file.write(b"\0" * _padding(self.num_tokens * self.dtype.itemsize))
-        index = np.frombuffer(self._ends, "<i8").tobytes() + np.frombuffer(self._hashes, "<u8").tobytes()
+        columns = np.frombuffer(self._ends, "<i8").tobytes() + np.frombuffer(self._hashes, "<u8").tobytes()
+        index = b"\0" * _padding(self.num_tokens * self.dtype.itemsize) + columns
         self._file.write(index)
         header = facts | {
             "version": VERSION,
@@ -90,10 +90,10 @@ class TokenWriter:
             "index_crc32": zlib.crc32(index),
         }
         text = json.dumps(header).encode()
-        assert len(text) <= HEADER_BYTES - 16, "header too long"
-        text = text.ljust(HEADER_BYTES - 16)
+        assert len(text) <= HEADER_BYTES - 12, "header too long"
+        text = text.ljust(HEADER_BYTES - 12)
         self._file.seek(0)
-        self._file.write(MAGIC + _uint32(len(text)) + _uint32(zlib.crc32(text)) + text)
+        self._file.write(MAGIC + zlib.crc32(text).to_bytes(4, "little") + text)
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
@@ -126,16 +126,16 @@ class TokenFile:
         self.masked: bool = self.header["masked"] and not all_tokens
         dtype = np.dtype(self.header["dtype"]).newbyteorder("<")
         token_bytes = self.num_tokens * dtype.itemsize
-        index_at = HEADER_BYTES + token_bytes + _padding(token_bytes)
-        expected, found = index_at + 16 * self.num_documents, path.stat().st_size
+        padding = _padding(token_bytes)
+        index_bytes = padding + 16 * self.num_documents
+        expected, found = HEADER_BYTES + token_bytes + index_bytes, path.stat().st_size
         if expected != found:
             raise ValueError(f"{path} is truncated or damaged: {found} bytes instead of {expected}; write it again")
         self._tokens = _map(path, dtype, HEADER_BYTES, self.num_tokens)
-        index = _map(path, np.dtype("u1"), index_at, 16 * self.num_documents)
+        index = _map(path, np.dtype("u1"), HEADER_BYTES + token_bytes, index_bytes)
         if zlib.crc32(index.tobytes()) != self.header["index_crc32"]:
             raise ValueError(f"{path} is damaged: its index does not match its checksum; write it again")
-        self.ends = index[: 8 * self.num_documents].view("<i8")
-        self.hashes: NDArray[np.uint64] = index[8 * self.num_documents :].view("<u8")
+        self.ends, self.hashes = _split_index(index[padding:])
         self.lengths: NDArray[np.int64] = np.diff(self.ends, prepend=0)
 
     def read(self, document: int, start: int, length: int) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
@@ -176,13 +176,18 @@ def _read_header(path: Path) -> dict[str, Any]:
         start = file.read(HEADER_BYTES)
     if start[:8] != MAGIC:
         raise ValueError(f"{path} is not a token file; make one with `moetrain data tokenize`")
-    text = start[16 : 16 + int.from_bytes(start[8:12], "little")]
-    if len(start) < HEADER_BYTES or zlib.crc32(text) != int.from_bytes(start[12:16], "little"):
+    text = start[12:]
+    if len(start) < HEADER_BYTES or zlib.crc32(text) != int.from_bytes(start[8:12], "little"):
         raise ValueError(f"{path} is truncated or damaged: its header is not complete; write it again")
     header: dict[str, Any] = json.loads(text)
     if header["version"] != VERSION:
         raise ValueError(f"{path} has format version {header['version']}, this package reads {VERSION}; write it again")
     return header
+
+
+def _split_index(columns: NDArray[np.uint8]) -> tuple[NDArray[np.int64], NDArray[np.uint64]]:
+    half = len(columns) // 2
+    return columns[:half].view("<i8"), columns[half:].view("<u8")
 
 
 def _map(path: Path, dtype: np.dtype[Any], offset: int, count: int) -> NDArray[Any]:
@@ -194,7 +199,3 @@ def _map(path: Path, dtype: np.dtype[Any], offset: int, count: int) -> NDArray[A
 
 def _padding(size: int) -> int:
     return -size % 8
-
-
-def _uint32(value: int) -> bytes:
-    return value.to_bytes(4, "little")

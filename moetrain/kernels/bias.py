@@ -8,7 +8,8 @@ from __future__ import annotations
 import torch
 
 from moetrain.kernels._triton import cdiv, jit, next_power_of_2, runs_triton, tl
-from moetrain.kernels.activation import experts_of, row_experts
+from moetrain.kernels.activation import row_experts
+from moetrain.kernels.gated import experts_of
 
 
 def add_row_bias_(
@@ -16,9 +17,7 @@ def add_row_bias_(
 ) -> None:
     """rows += weight of the row * bias of its expert, in place."""
     if not runs_triton(rows_RC) or rows_RC.numel() == 0:
-        used_R1 = (torch.arange(rows_RC.shape[0], device=rows_RC.device) < offsets_E[-1])[:, None]
-        bias_RC = bias_EC[row_experts(offsets_E, rows_RC.shape[0])] * weights_R[:, None]
-        rows_RC.copy_(torch.where(used_R1, rows_RC + bias_RC, rows_RC))
+        rows_RC.copy_(add_row_bias_ref(rows_RC, weights_R, offsets_E, bias_EC))
         return
     num_rows, columns = rows_RC.shape
     experts = offsets_E.numel()
@@ -28,15 +27,10 @@ def add_row_bias_(
     )
 
 
-def row_bias_backward(
-    grad_RC: torch.Tensor, weights_R: torch.Tensor, offsets_E: torch.Tensor, bias_EC: torch.Tensor
-) -> torch.Tensor:
+def row_bias_backward(grad_RC: torch.Tensor, offsets_E: torch.Tensor, bias_EC: torch.Tensor) -> torch.Tensor:
     """Gradient of `add_row_bias_`'s weights [R] in fp32: each row's product with its expert's bias."""
     if not runs_triton(grad_RC) or grad_RC.numel() == 0:
-        used_R = torch.arange(grad_RC.shape[0], device=grad_RC.device) < offsets_E[-1]
-        dtype = torch.promote_types(grad_RC.dtype, torch.float32)
-        bias_RC = bias_EC.to(dtype)[row_experts(offsets_E, grad_RC.shape[0])]
-        return (grad_RC.to(dtype).masked_fill(~used_R[:, None], 0.0) * bias_RC).sum(1)
+        return row_bias_backward_ref(grad_RC, offsets_E, bias_EC)
     num_rows, columns = grad_RC.shape
     experts = offsets_E.numel()
     out_R = torch.empty(num_rows, dtype=torch.float32, device=grad_RC.device)
@@ -50,18 +44,41 @@ def row_bias_backward(
 def expert_sum(rows_RC: torch.Tensor, weights_R: torch.Tensor | None, offsets_E: torch.Tensor) -> torch.Tensor:
     """Sum of each expert's rows [E, C], times their weights where given, accumulated in fp32: a bias's gradient."""
     if not runs_triton(rows_RC) or rows_RC.numel() == 0:
-        dtype = torch.promote_types(rows_RC.dtype, torch.float32)
-        used_R1 = (torch.arange(rows_RC.shape[0], device=rows_RC.device) < offsets_E[-1])[:, None]
-        values_RC = rows_RC.to(dtype) if weights_R is None else rows_RC.to(dtype) * weights_R[:, None]
-        out_EC = torch.zeros(offsets_E.numel(), rows_RC.shape[1], dtype=dtype, device=rows_RC.device)
-        expert_R = row_experts(offsets_E, rows_RC.shape[0])
-        return out_EC.index_add(0, expert_R, values_RC.masked_fill(~used_R1, 0.0)).to(rows_RC.dtype)
+        return expert_sum_ref(rows_RC, weights_R, offsets_E)
     columns = rows_RC.shape[1]
     out_EC = rows_RC.new_empty(offsets_E.numel(), columns)
     _sum_experts[(offsets_E.numel(), cdiv(columns, 64))](
         rows_RC, weights_R, offsets_E, out_EC, columns, BLOCK_R=128, BLOCK_C=64, num_warps=4
     )
     return out_EC
+
+
+def add_row_bias_ref(
+    rows_RC: torch.Tensor, weights_R: torch.Tensor, offsets_E: torch.Tensor, bias_EC: torch.Tensor
+) -> torch.Tensor:
+    """`add_row_bias_` in plain torch, not in place."""
+    bias_RC = bias_EC[row_experts(offsets_E, rows_RC.shape[0])] * weights_R[:, None]
+    return torch.where(_used(rows_RC, offsets_E), rows_RC + bias_RC, rows_RC).to(rows_RC.dtype)
+
+
+def row_bias_backward_ref(grad_RC: torch.Tensor, offsets_E: torch.Tensor, bias_EC: torch.Tensor) -> torch.Tensor:
+    """`row_bias_backward` in plain torch."""
+    dtype = torch.promote_types(grad_RC.dtype, torch.float32)
+    grad_RC = grad_RC.to(dtype).masked_fill(~_used(grad_RC, offsets_E), 0.0)
+    return (grad_RC * bias_EC.to(dtype)[row_experts(offsets_E, grad_RC.shape[0])]).sum(1)
+
+
+def expert_sum_ref(rows_RC: torch.Tensor, weights_R: torch.Tensor | None, offsets_E: torch.Tensor) -> torch.Tensor:
+    """`expert_sum` in plain torch."""
+    dtype = torch.promote_types(rows_RC.dtype, torch.float32)
+    values_RC = rows_RC.to(dtype) if weights_R is None else rows_RC.to(dtype) * weights_R[:, None]
+    values_RC = values_RC.masked_fill(~_used(rows_RC, offsets_E), 0.0)
+    out_EC = torch.zeros(offsets_E.numel(), rows_RC.shape[1], dtype=dtype, device=rows_RC.device)
+    return out_EC.index_add(0, row_experts(offsets_E, rows_RC.shape[0]), values_RC).to(rows_RC.dtype)
+
+
+def _used(rows_RC: torch.Tensor, offsets_E: torch.Tensor) -> torch.Tensor:
+    return (torch.arange(rows_RC.shape[0], device=rows_RC.device) < offsets_E[-1])[:, None]
 
 
 @jit

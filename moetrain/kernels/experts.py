@@ -15,13 +15,9 @@ from typing import NamedTuple
 
 import torch
 
-from moetrain.kernels.activation import (
-    Activation,
-    gated_activation,
-    gated_activation_backward,
-    row_experts,
-)
+from moetrain.kernels.activation import Activation, row_experts
 from moetrain.kernels.bias import add_row_bias_, expert_sum, row_bias_backward
+from moetrain.kernels.gated import gated_activation, gated_activation_backward
 from moetrain.kernels.grouped import grouped_mm, multiply_outer, multiply_rows
 from moetrain.kernels.permute import permute, permute_rows, sum_rows, unpermute_reduce
 from moetrain.kernels.routing import route_sort
@@ -187,7 +183,7 @@ def _backward(
     )
     del grad_act_RI
     if down_bias is not None:
-        grad_weights_R += row_bias_backward(grad_RH, weights_R, offsets_E, down_bias)
+        grad_weights_R += row_bias_backward(grad_RH, offsets_E, down_bias)
     if needs_parameters:
         left, right = (act_RI, grad_RH) if transposed else (grad_RH, act_RI)
         grad_down = multiply_outer(left, right, offsets_E)

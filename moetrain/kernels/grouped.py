@@ -16,8 +16,10 @@ import torch
 
 from moetrain.kernels._triton import INTERPRETED, TensorDescriptor, cdiv, jit, next_power_of_2, runs_triton, tl
 
-RAGGED = 2**30
-"""Offset that makes a descriptor's bounds follow the coordinates, see `_ragged`."""
+TOKENS, FEW, MORE, TILE_N, TILE_K = 128, 64, 32, 128, 64
+"""Tiles of `_rows_by_weights`."""
+OUTER_TILE, OUTER_TILE_R = 128, 32
+"""Tiles of `_outer_by_experts`."""
 
 
 def grouped_mm(rows_RK: torch.Tensor, weight_EKN: torch.Tensor, offsets_E: torch.Tensor) -> torch.Tensor:
@@ -41,12 +43,10 @@ def multiply_rows(rows_RK: torch.Tensor, weight_EKN: torch.Tensor, offsets_E: to
     out_RN = rows_RK.new_empty(num_rows, width)
     by_input = weight_EKN.stride(1) == 1
     weight = weight_EKN.transpose(1, 2) if by_input else weight_EKN
-    tile_n, tile_k = (128, 64) if not INTERPRETED else (32, 16)
-    tokens = (128, 64, 32) if not INTERPRETED else (16, 8, 4)
-    _rows_by_weights[((num_rows // tokens[0] + min(experts, num_rows)) * cdiv(width, tile_n),)](
-        *(_ragged(rows_RK, rows, tile_k) for rows in tokens),
-        _descriptor(weight, (1, tile_n, tile_k) if by_input else (1, tile_k, tile_n)),
-        *(_ragged(out_RN, rows, tile_n) for rows in tokens),
+    _rows_by_weights[((num_rows // TOKENS + min(experts, num_rows)) * cdiv(width, TILE_N),)](
+        *(_ragged(rows_RK, rows, TILE_K) for rows in (TOKENS, FEW, MORE)),
+        _descriptor(weight, (1, TILE_N, TILE_K) if by_input else (1, TILE_K, TILE_N)),
+        *(_ragged(out_RN, rows, TILE_N) for rows in (TOKENS, FEW, MORE)),
         offsets_E,
         experts,
         width,
@@ -54,11 +54,11 @@ def multiply_rows(rows_RK: torch.Tensor, weight_EKN: torch.Tensor, offsets_E: to
         BY_INPUT=by_input,
         PAD_E=next_power_of_2(experts),
         GROUP=8,
-        TOKENS=tokens[0],
-        FEW=tokens[1],
-        MORE=tokens[2],
-        TILE_N=tile_n,
-        TILE_K=tile_k,
+        TOKENS=TOKENS,
+        FEW=FEW,
+        MORE=MORE,
+        TILE_N=TILE_N,
+        TILE_K=TILE_K,
         num_warps=4,
         num_stages=3,
     )
@@ -74,17 +74,16 @@ def multiply_outer(left_RM: torch.Tensor, right_RN: torch.Tensor, offsets_E: tor
         return torch._grouped_mm(left_RM.t(), right_RN, offs=offsets_E)
     experts, height, width = offsets_E.numel(), left_RM.shape[1], right_RN.shape[1]
     out_EMN = left_RM.new_empty(experts, height, width)
-    tile, tile_r = (128, 32) if not INTERPRETED else (32, 16)
-    _outer_by_experts[(experts * cdiv(height, tile) * cdiv(width, tile),)](
-        _ragged(left_RM, tile_r, tile),
-        _ragged(right_RN, tile_r, tile),
-        _descriptor(out_EMN, (1, tile, tile)),
+    _outer_by_experts[(experts * cdiv(height, OUTER_TILE) * cdiv(width, OUTER_TILE),)](
+        _ragged(left_RM, OUTER_TILE_R, OUTER_TILE),
+        _ragged(right_RN, OUTER_TILE_R, OUTER_TILE),
+        _descriptor(out_EMN, (1, OUTER_TILE, OUTER_TILE)),
         offsets_E,
         height,
         width,
         GROUP=8,
-        TILE=tile,
-        TILE_R=tile_r,
+        TILE=OUTER_TILE,
+        TILE_R=OUTER_TILE_R,
         num_warps=4,
         num_stages=4,
     )
@@ -133,7 +132,7 @@ def _ragged(tensor_RC: torch.Tensor, block_r: int, block_c: int) -> Any:
     limit = 0x7FFF0000
     return TensorDescriptor(
         tensor_RC,
-        [limit, limit, RAGGED, tensor_RC.shape[1]],
+        [limit, limit, 2**30, tensor_RC.shape[1]],
         [2**34 - stride, stride, stride, 1],
         [1, 1, block_r, block_c],
     )

@@ -191,19 +191,6 @@ def lora_merged(setup: Setup) -> Outcome:
     return {"logits": logits(model), "folder": str(setup.output)}
 
 
-def lora_half_precision(setup: Setup) -> Outcome:
-    """fp32 weights under autocast to bf16; small updates, which a bf16 copy of the weights would round away."""
-    model = adapted(setup, "qwen3_moe")
-    for name, parameter in model.named_parameters():
-        if "experts" in name and "lora_B" in name:
-            parameter.data *= 1e-2
-    with torch.autocast("cpu", torch.bfloat16):
-        outcome = {"logits": logits(model)}
-        with model.disable_adapter():
-            outcome["base_logits"] = logits(model)
-    return outcome
-
-
 def lora_on_biases(setup: Setup) -> Outcome:
     config = peft.LoraConfig(r=4, target_parameters=["experts.gate_up_proj_bias"])
     model = peft.get_peft_model(setup.model("gpt_oss"), config)
@@ -248,7 +235,6 @@ CASES: dict[str, Callable[[Setup], Outcome]] = {
     "lora": lora_run,
     "lora-accumulation": lambda setup: lora_run(setup, gradient_accumulation_steps=2, gradient_checkpointing=True),
     "lora-merged": lora_merged,
-    "lora-half_precision": lora_half_precision,
     "lora-on_biases": lora_on_biases,
     "lora-gradients": lora_gradients,
     "lora-gradients-gpt_oss": lambda setup: lora_gradients(setup, "gpt_oss"),

@@ -100,6 +100,19 @@ def test_small_biases(columns: int, dtype: torch.dtype) -> None:
 
 
 @needs_sm90
+@pytest.mark.parametrize("group", cases.GROUPS)
+@pytest.mark.parametrize(("inner", "width"), [(2048, 1536), (2880, 2880), (200, 72)])
+def test_grouped(group: str, inner: int, width: int) -> None:
+    _poison_free_memory()
+    cases.check_grouped(group, inner, width, torch.bfloat16, "cuda")
+
+
+@needs_sm90
+def test_small_grouped() -> None:
+    cases.check_grouped("more", 72, 136, torch.bfloat16, "cuda")
+
+
+@needs_sm90
 @pytest.mark.parametrize("layer", [tokens_layer, rows_layer])
 @pytest.mark.parametrize("kind", cases.ROUTINGS)
 @pytest.mark.parametrize(
