@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 import transformers
-from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.distributed import DistributedConfig
 
@@ -78,6 +77,8 @@ class _Prepared:
         """Transformers' `save_pretrained`; a sharded model is written by all ranks, each its own part, and every rank
         must call it. The result is one standard checkpoint either way."""
         assert isinstance(self, PreTrainedModel)
+        if getattr(self, "_hf_peft_config_loaded", False) and getattr(self, "_mesh_manager", None) is not None:
+            raise ValueError("a sharded model with `add_adapter` cannot be saved; adapt it with peft.get_peft_model")
         plain = getattr(self, "_mesh_manager", None) is None and self.dropped_weights is None
         if plain or args or kwargs.get("state_dict") is not None or getattr(self, "_hf_peft_config_loaded", False):
             super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]

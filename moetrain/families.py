@@ -149,7 +149,13 @@ def fsdp_plan(model: PreTrainedModel) -> dict[str, str]:
     modules = {replace_layer_number_by_wildcard(name): module for name, module in model.named_modules()}
     plan = {name: style for name, style in model.fsdp_plan.items() if name in modules}
     derived = _derived_fsdp_plan(model, modules)
-    return plan | {name: style for name, style in derived.items() if not _covered(name, plan)}
+    plan |= {name: style for name, style in derived.items() if not _covered(name, plan)}
+    if not any(style == "keep_full_weight" and name.split(".")[-1] == "norm" for name, style in plan.items()):
+        # Transformers gathers the head with a norm of that name. Without one it goes to the root group, which stays
+        # gathered: TRL reads the head's weight without calling it, and a shard's gradient would miss the other ranks.
+        head = next((name for name, module in modules.items() if module is model.get_output_embeddings()), None)
+        plan.pop(head or "", None)
+    return plan
 
 
 def _derived_fsdp_plan(model: PreTrainedModel, modules: dict[str, nn.Module]) -> dict[str, str]:

@@ -25,6 +25,7 @@ OWN_EXIT_SECONDS = 3.0
 TERM_SECONDS = 5.0
 """From SIGTERM to SIGKILL for ranks that outlive a dead one."""
 TAIL_LINES = 25
+LOG_HEADER = "--- started "
 USER_ERROR = 2
 """Exit code of a rank that has told the user what to mend."""
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
@@ -130,7 +131,8 @@ def _start(command: Sequence[str], environment: dict[str, str], log: Path) -> su
     env = {**os.environ, **environment, "PYTHONUNBUFFERED": "1"}
     if environment["RANK"] == "0":
         return subprocess.Popen(command, env=env, start_new_session=True, preexec_fn=_die_with_parent())
-    with log.open("ab") as file:
+    with log.open("ab", buffering=0) as file:
+        file.write(f"{LOG_HEADER}{time.strftime('%Y-%m-%d %H:%M:%S')}\n".encode())
         return subprocess.Popen(
             command, env=env, stdout=file, stderr=file, start_new_session=True, preexec_fn=_die_with_parent()
         )
@@ -192,7 +194,8 @@ def _report(failed: list[int], codes: list[int | None], log_dir: Path) -> None:
     loggers = [rank for rank in failed if rank > 0]
     if loggers and 0 not in failed:
         log = log_dir / f"rank-{loggers[0]}.log"
-        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-TAIL_LINES:]
+        output = log.read_text(encoding="utf-8", errors="replace").rpartition(LOG_HEADER)[2]
+        lines = output.splitlines()[1:][-TAIL_LINES:]
         _say(f"last lines of rank {loggers[0]} ({log}):")
         print("\n".join(f"  {line}" for line in lines), file=sys.stderr, flush=True)
 

@@ -319,7 +319,7 @@ class _Seam:
         total = chunked_linear_cross_entropy(
             hidden_NH, weight, targets_N, bias, self.between.logit_scale, self.between.softcap
         )
-        # what is returned and what becomes the loss are one tensor: FSDP2 hooks the backward into the head's output
+        # the loss goes through the head's output, so that FSDP2 sees an ordinary backward of the head
         self.total = total.view(1, 1, 1)
         return self.total
 

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from transformers.distributed import DistributedConfig
 
 from moetrain import families
+from moetrain.backends import peft
 from moetrain.mesh import check_ep_divides
 from moetrain.moe.dispatch import COMMUNICATION_OPS
 
@@ -44,7 +45,12 @@ def parallelize(
         model._ep_plan = families.ep_plan(model)
     if config.dp_size > 1:
         model._fsdp_plan = families.fsdp_plan(model)
-    return apply(model)
+    model = apply(model)
+    if config.dp_size > 1:
+        peft.teach_dtensors()
+        # without a backward nothing frees what the last forward gathered, and an optimizer made then would take it
+        model.register_forward_hook(lambda *_: None if torch.is_grad_enabled() else reshard(model))
+    return model
 
 
 def without_expert_parallelism(config: DistributedConfig) -> DistributedConfig:
@@ -74,7 +80,7 @@ def checkpoint_activations(model: PreTrainedModel, mode: str) -> None:
 
 
 def reshard(model: PreTrainedModel) -> None:
-    """Free what a forward without a backward has left gathered, and give `parameters()` the shards back."""
+    """Free what a forward has left gathered, and give `parameters()` the shards back."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()

@@ -44,7 +44,7 @@ from moetrain.moe.balance import BiasUpdate, LoadStats, set_aux_loss
 from moetrain.moe.layer import ep_implementation
 from moetrain.moe.router import set_gate
 from moetrain.optim import build_optimizer, build_scheduler, clip_grad_norm
-from moetrain.parallelize import checkpoint_activations, reshard
+from moetrain.parallelize import checkpoint_activations
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -152,7 +152,6 @@ class Run:
                 total += self.model(**self.to_device(batch), num_items_in_batch=one, use_cache=False).loss
                 tokens += count_labels(batch)
         self.model.train()
-        reshard(self.model)
         all_tokens = self.global_sum(tokens)
         loss = self.mean_over_ranks(total) * mesh.world_size() / max(all_tokens, 1.0)
         self.guard.beat(step)

@@ -6,7 +6,8 @@ Every check poisons with NaN what a kernel must not read, and compares with arit
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -66,6 +67,14 @@ def tolerance(dtype: torch.dtype) -> float:
     return {torch.bfloat16: 1e-2, torch.float16: 1e-3}.get(dtype, 1e-5)
 
 
+@contextmanager
+def unwritten_is_nan() -> Iterator[None]:
+    """Tensors from `torch.empty` start as NaN, so that what a kernel did not write shows."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
 def poison(*tensors: torch.Tensor, used: int) -> None:
     for tensor in tensors:
         tensor[used:] = math.nan
@@ -98,9 +107,10 @@ def check_permute(kind: str, tokens: int, top_k: int, hidden: int, dtype: torch.
     assert torch.equal(row_weights[:used], row_weights_ref[:used])
 
     y = torch.randn(routing.slot_R.numel(), hidden, dtype=dtype, device=device)
-    y_weights = torch.rand(routing.slot_R.numel(), device=device)
+    y_weights = torch.rand(routing.slot_R.numel() + 1, device=device)[1:]
     expected, expected_weights = unpermute_reduce_ref(y.double(), y_weights, routing.row_TK)
     poison(y, y_weights, used=used)
+    y_weights._base[0] = math.nan  # where the weight of row -1 would be
     out, out_weights = sum_rows(y, y_weights, routing.row_TK)
     assert out.dtype == dtype
     assert relative_error(out, expected) <= tolerance(dtype) / 2
@@ -122,9 +132,11 @@ def check_activation(name: str, inner: int, rows: int, bias: bool, dtype: torch.
     expected_gradients = gated_activation_backward_ref(grad.double(), *wide)
     poison(up, grad, weights, used=rows)
 
-    out = gated_activation(up, weights, offsets, biases, activation)
+    with unwritten_is_nan():
+        out = gated_activation(up, weights, offsets, biases, activation)
+        gradients = gated_activation_backward(grad, up, weights, offsets, biases, activation)
+    assert all(tensor[rows:].isnan().all() for tensor in (out, *gradients)), "wrote past the last row"
     assert relative_error(out[:rows], expected[:rows]) <= tolerance(dtype)
-    gradients = gated_activation_backward(grad, up, weights, offsets, biases, activation)
     for gradient, reference in zip(gradients, expected_gradients, strict=True):
         assert relative_error(gradient[:rows], reference[:rows]) <= tolerance(dtype)
     assert torch.equal(gradients[2][:rows], out[:rows])
@@ -184,7 +196,9 @@ def check_grouped(group: str, inner: int, width: int, dtype: torch.dtype, device
     poison(rows, grad, used=used)
 
     for layout in (weight, weight.transpose(1, 2).contiguous().transpose(1, 2)):
-        out = multiply_rows(rows, layout, offsets)
+        with unwritten_is_nan():
+            out = multiply_rows(rows, layout, offsets)
+        assert out[used:].isnan().all(), "wrote past the last row"
         assert relative_error(out[:used], expected[:used]) <= tolerance(dtype)
         assert torch.equal(out[:used], multiply_rows(rows, layout, offsets)[:used])
     outer = multiply_outer(rows, grad, offsets)
@@ -208,7 +222,8 @@ def layer_case(
 
     def weights(tensors: list[torch.Tensor]) -> ExpertWeights:
         up, down, *biases = tensors[2:]
-        return ExpertWeights(up, down, *(biases or (None, None)), transposed)
+        up_bias, down_bias = biases or (None, None)
+        return ExpertWeights(up, down, up_bias, down_bias, transposed)
 
     grad = torch.randn(tokens, hidden).to(device, dtype)
     return leaves, choices(routing, tokens, top_k, experts, device), grad, weights

@@ -17,6 +17,7 @@ from transformers.distributed import DistributedConfig
 
 from moetrain import AutoModelForCausalLM
 from moetrain.families import correct_after_load
+from moetrain.mesh import device
 from moetrain.optim import clip_grad_norm
 from tests.families import batch, build
 
@@ -56,7 +57,7 @@ def parity_of_families(
 
 
 def parity_of(rank: int, world_size: int, family: str, layout: dict[str, Any], folder: Path) -> Parity:
-    plain = build(family)
+    plain = build(family).to(device())
     if rank == 0:
         plain.save_pretrained(folder / "plain")
     dist.barrier()
@@ -70,7 +71,7 @@ def parity_of(rank: int, world_size: int, family: str, layout: dict[str, Any], f
     dist.barrier()
     same_keys, same_weights = _same_checkpoint(plain, folder)
 
-    batches = [batch(seed) for seed in range(world_size)]
+    batches = [{name: ids.to(device()) for name, ids in batch(seed).items()} for seed in range(world_size)]
     plain.set_experts_implementation("eager")
     correct_after_load(plain)  # the one deliberate difference from plain Transformers
     reference = plain(**{k: torch.cat([b[k] for b in batches]) for k in batches[0]}, use_cache=False)
@@ -107,7 +108,7 @@ def _same_checkpoint(plain: Any, folder: Path) -> tuple[bool, bool]:
     same_keys = _keys(folder / "plain") == _keys(folder / "sharded")
     again = PlainAutoModelForCausalLM.from_pretrained(folder / "sharded", dtype=torch.float32)
     ours, theirs = again.state_dict(), plain.state_dict()
-    same = ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in theirs)
+    same = ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key].cpu()) for key in theirs)
     return same_keys, same
 
 
@@ -142,6 +143,6 @@ def _relative(got: torch.Tensor, expected: torch.Tensor, floor: float = 1e-12) -
 
 
 def _all_max(value: float) -> float:
-    tensor = torch.tensor(value)
+    tensor = torch.tensor(value, device=device())
     dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
     return tensor.item()

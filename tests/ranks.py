@@ -1,10 +1,11 @@
-"""Run a function on several ranks of one machine with gloo, for tests."""
+"""Run a function on several ranks of one machine, for tests."""
 
 from __future__ import annotations
 
 import os
 import queue
-import socket
+import shutil
+import tempfile
 import time
 import traceback
 from collections.abc import Callable
@@ -16,25 +17,28 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port: int = sock.getsockname()[1]
-        return port
-
-
-def _rank_main(rank: int, world_size: int, port: int, fn: Callable[..., Any], args: tuple[Any, ...], out: Any) -> None:
+def _rank_main(
+    rank: int, world_size: int, store: str, backend: str, fn: Callable[..., Any], args: tuple[Any, ...], out: Any
+) -> None:
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),
         WORLD_SIZE=str(world_size),
         LOCAL_WORLD_SIZE=str(world_size),
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
     )
     torch.set_num_threads(1)
     try:
-        dist.init_process_group("gloo", rank=rank, world_size=world_size, timeout=timedelta(seconds=120))
+        device = torch.device("cuda", rank) if backend == "nccl" else None
+        if device is not None:
+            torch.cuda.set_device(device)
+        dist.init_process_group(
+            backend,
+            init_method=f"file://{store}",  # a port found free now may be taken when rank 0 binds it
+            rank=rank,
+            world_size=world_size,
+            timeout=timedelta(seconds=120),
+            device_id=device,
+        )
         out.put((rank, fn(rank, world_size, *args), None))
         dist.barrier()
         dist.destroy_process_group()
@@ -43,10 +47,14 @@ def _rank_main(rank: int, world_size: int, port: int, fn: Callable[..., Any], ar
         raise SystemExit(1) from None
 
 
-def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout: float = 300.0) -> list[Any]:
-    """Call `fn(rank, world_size, *args)` on `world_size` fresh processes joined by gloo; the results in rank order.
+def run_ranks(
+    fn: Callable[..., Any], world_size: int, *args: Any, timeout: float = 300.0, backend: str = "gloo"
+) -> list[Any]:
+    """Call `fn(rank, world_size, *args)` on `world_size` fresh processes joined by a process group; the results in
+    rank order.
 
-    `fn` is a top-level function; its result must be picklable (tensors go as they are).
+    `fn` is a top-level function; its result must be picklable and hold no tensors. With `nccl` each rank has a
+    GPU of its own, which is its current device.
 
     Raises:
         AssertionError: a rank raised; the message holds its traceback.
@@ -54,9 +62,11 @@ def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout: floa
     """
     context = mp.get_context("spawn")
     out = context.Queue()
-    port = free_port()
+    folder = tempfile.mkdtemp()
     processes = [
-        context.Process(target=_rank_main, args=(rank, world_size, port, fn, args, out), daemon=True)
+        context.Process(
+            target=_rank_main, args=(rank, world_size, f"{folder}/store", backend, fn, args, out), daemon=True
+        )
         for rank in range(world_size)
     ]
     for process in processes:
@@ -83,4 +93,5 @@ def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout: floa
                 process.kill()
         for process in processes:
             process.join(timeout=30)
+        shutil.rmtree(folder, ignore_errors=True)
     return [results[rank] for rank in range(world_size)]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import importlib.util
 from collections.abc import Iterator
 from typing import Any
@@ -27,8 +28,6 @@ _DATA_AXES = {"dp_replicate", "fsdp"}
 def support_sharded_experts(experts: nn.Module, first_local_expert: int) -> None:
     """Let PEFT adapt the parameters of an experts module whose rank holds the experts from `first_local_expert` on."""
     setattr(experts, _OFFSET, first_local_expert)
-    if importlib.util.find_spec("peft") is not None:
-        _install()
 
 
 def adapted(experts: nn.Module, name: str) -> Tensor:
@@ -47,17 +46,18 @@ def lend(experts: nn.Module, name: str, factors: list[tuple[Tensor, Tensor, floa
     experts.__dict__.setdefault(_FACTORS, {})[name] = factors
 
 
-def _install() -> None:
-    """Teach PEFT's LoRA about DTensors, once. Plain tensors keep its own way."""
-    from peft.tuners.lora.layer import Linear, LoraLayer, ParamWrapper
-
-    if getattr(ParamWrapper._activate_lora, "_knows_dtensors", False):
+def teach_dtensors() -> None:
+    """Teach PEFT's LoRA, where it is installed, about DTensors. Plain tensors keep its own way."""
+    if importlib.util.find_spec("peft") is None:
         return
-    ParamWrapper._activate_lora = _activate_sharded(ParamWrapper._activate_lora)
-    for layer in (Linear, ParamWrapper):
+    lora: Any = importlib.import_module("peft.tuners.lora.layer")
+    if getattr(lora.ParamWrapper._activate_lora, "_knows_dtensors", False):
+        return
+    lora.ParamWrapper._activate_lora = _activate_sharded(lora.ParamWrapper._activate_lora)
+    for layer in (lora.Linear, lora.ParamWrapper):
         layer.merge = _merge_sharded(layer.merge)
         layer.unmerge = _merge_sharded(layer.unmerge)
-    LoraLayer._get_in_out_features = _whole_features(LoraLayer._get_in_out_features)
+    lora.LoraLayer._get_in_out_features = _whole_features(lora.LoraLayer._get_in_out_features)
 
 
 def _activate_sharded(original: Any) -> Any:

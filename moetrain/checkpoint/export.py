@@ -250,7 +250,7 @@ def _convert_rows(model: PreTrainedModel, weights: Weights, piece: Piece) -> Ite
         converted = list(revert_weight_conversion(model, {name: weights.read_rows(name, start, start + n)}).values())
         assert len(converted) == per_row * n
         for e in range(n):
-            for tensor in converted[e * per_row : (e + 1) * per_row]:
+            for tensor in converted[e::n]:
                 yield next(names).name, [tensor_bytes(tensor)]
 
 

@@ -6,26 +6,25 @@ import errno
 import fcntl
 import hashlib
 import json
+import os
 import re
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from transformers import PreTrainedTokenizerBase
 
 from moetrain.config import DataConfig, Source
-from moetrain.data.chat import ChatEncoder
-from moetrain.data.sources import STDLIB, BadLine, BadLines, InputFile, Record, find_files, read_records, total_bytes
+from moetrain.data.encode import Encoder, Form
+from moetrain.data.sources import STDLIB, BadLines, InputFile, find_files, read_records, total_bytes
 from moetrain.data.tokens import VERSION, TokenFile, TokenWriter
 
-Encoded = tuple[NDArray[np.int64], NDArray[np.bool_] | None]
-_BATCH_CHARACTERS = 4 << 20  # encoded at a time, over all cores
+_PARALLEL_ABOVE = 32 << 20  # bytes of chats; below, starting processes takes longer than the work
+_BAR_STEP = 256 << 10  # bytes
 _VERIFY_BELOW = 1 << 30  # bytes; larger token files are checked by size and index alone
 
 
@@ -42,12 +41,16 @@ def apply_chat_template_file(config: DataConfig, tokenizer: PreTrainedTokenizerB
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, config: Any) -> None:
     """Raise ValueError when the tokenizer has ids without an embedding in the model of a Transformers configuration."""
     vocab_size = config.get_text_config().vocab_size
-    largest = max(tokenizer.get_vocab().values(), default=-1)
-    if largest >= vocab_size:
+    if num_ids(tokenizer) > vocab_size:
         raise ValueError(
-            f"the tokenizer has ids up to {largest}, the model has {vocab_size} embeddings: this is not the model's "
-            "tokenizer. Use the one saved beside the model"
+            f"the tokenizer has ids up to {num_ids(tokenizer) - 1}, the model has {vocab_size} embeddings: this is not "
+            "the model's tokenizer. Use the one saved beside the model"
         )
+
+
+def num_ids(tokenizer: PreTrainedTokenizerBase) -> int:
+    """One more than the largest id; not the number of entries, as there may be gaps."""
+    return max(tokenizer.get_vocab().values(), default=-1) + 1
 
 
 def training_texts(config: DataConfig) -> Iterator[str]:
@@ -98,14 +101,17 @@ def open_source(
 def tokenize_config(
     config: DataConfig, tokenizer: PreTrainedTokenizerBase, out_dir: Path, *, progress: bool = True
 ) -> list[tuple[Source, Path]]:
-    """Tokenise every source of a configuration to a file in `out_dir`, for use as a source of format `tokens`."""
+    """Tokenise every source of a configuration to a file in `out_dir`, for use as a source of format `tokens`.
+
+    Uses all cores; see `workers` of `tokenize_to_file` for what that asks of the calling script.
+    """
     apply_chat_template_file(config, tokenizer)
     parts = {"train": config.train, "validation": config.validation or []}
     written = []
     for part, sources in parts.items():
         for number, source in enumerate(sources):
             path = out_dir / f"{part}-{number}-{_slug(source)}.tokens"
-            tokenize_to_file(source, config, tokenizer, path, progress=progress)
+            tokenize_to_file(source, config, tokenizer, path, progress=progress, workers=os.cpu_count() or 1)
             written.append((source, path))
     return written
 
@@ -117,11 +123,14 @@ def tokenize_to_file(
     path: Path,
     *,
     progress: bool = False,
+    workers: int = 1,
     max_tokens: int | None = None,
 ) -> TokenFile:
     """Encode the documents of a source into one token file at `path`, which appears when it is complete.
 
     Args:
+        workers: processes that render and encode chats, where there are enough of them to pay. The calling script
+            must then be importable (its work under `if __name__ == "__main__":`). Texts use all cores in any case.
         max_tokens: stop after the document that reaches this number.
 
     Raises:
@@ -135,22 +144,19 @@ def tokenize_to_file(
         raise ValueError(_nothing(source, files, bad))
     if config.loss_on == "assistant" and head.messages is None:
         raise ValueError(f"data.loss_on=assistant needs chats, but {head.origin} is text; use auto or all")
-    encoder = _Encoder(
-        tokenizer,
-        bad,
-        masked=head.messages is not None and config.loss_on != "all",
-        batch_characters=_BATCH_CHARACTERS if max_tokens is None else min(_BATCH_CHARACTERS, max_tokens),
-    )
+    form = Form(masked=head.messages is not None and config.loss_on != "all", all_tokens=config.loss_on == "all")
+    workers = workers if head.messages is not None and total_bytes(files) > _PARALLEL_ABOVE else 1
     with (
-        TokenWriter(path, vocab_size=len(tokenizer), masked=encoder.masked) as writer,
-        _progress_bar(source, files, progress) as bar,
+        TokenWriter(path, vocab_size=num_ids(tokenizer), masked=form.masked) as writer,
+        Encoder(tokenizer, form, bad, workers=workers, max_tokens=max_tokens) as encoder,
+        _progress_bar(source, files, progress) as advance,
     ):
         num_records = 0
         for size, documents in encoder.encode(chain([head], records)):
             for number, (ids, loss) in enumerate(documents):
                 writer.add(ids, loss, part=number > 0)
             num_records += 1
-            bar.update(bar.task_ids[0], advance=size, documents=writer.num_documents, tokens=writer.num_tokens)
+            advance(size, writer)
             if max_tokens is not None and writer.num_tokens >= max_tokens:
                 break
         if writer.num_documents == 0:
@@ -167,62 +173,11 @@ def tokenize_to_file(
     return TokenFile(path)
 
 
-class _Encoder:
-    """Records -> documents of token ids. Text ends with the end-of-text token; chats follow the chat template."""
-
-    def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, bad: BadLines, *, masked: bool, batch_characters: int
-    ) -> None:
-        self.tokenizer = tokenizer
-        self.bad = bad
-        self.masked = masked
-        self.batch_characters = batch_characters
-        self._chat: ChatEncoder | None = None
-
-    def encode(self, records: Iterable[Record]) -> Iterator[tuple[float, list[Encoded]]]:
-        """Bytes of input and documents of each record, in order. Texts are encoded in batches, on all cores."""
-        batch: list[Record] = []
-        characters = 0
-        for record in records:
-            if record.messages is not None:
-                yield from self._flush(batch)
-                batch, characters = [], 0
-                yield record.size, self._encode_chat(record)
-                continue
-            batch.append(record)
-            characters += len(record.text or "")
-            if characters >= self.batch_characters:
-                yield from self._flush(batch)
-                batch, characters = [], 0
-        yield from self._flush(batch)
-
-    def _flush(self, batch: list[Record]) -> Iterator[tuple[float, list[Encoded]]]:
-        if batch:
-            documents = self._encode_texts([record.text or "" for record in batch])
-            yield from ((record.size, [document]) for record, document in zip(batch, documents, strict=True))
-
-    def _encode_texts(self, texts: list[str]) -> list[Encoded]:
-        eos = self.tokenizer.eos_token_id
-        if eos is None:
-            raise ValueError("the tokenizer has no eos_token, which ends each text; set it in tokenizer_config.json")
-        documents: list[Encoded] = []
-        for ids in self.tokenizer(texts, return_attention_mask=False, verbose=False)["input_ids"]:
-            ended = np.asarray(ids if ids[-1:] == [eos] else [*ids, eos], dtype=np.int64)
-            documents.append((ended, np.ones(len(ended), dtype=bool) if self.masked else None))
-        return documents
-
-    def _encode_chat(self, record: Record) -> list[Encoded]:
-        self._chat = self._chat or ChatEncoder(self.tokenizer)
-        try:
-            documents = self._chat.encode(record.messages, record.tools, record.origin, all_tokens=not self.masked)
-        except BadLine as error:
-            self.bad.report(error)
-            return []
-        return [(ids, loss if self.masked else None) for ids, loss in documents]
-
-
 @contextmanager
-def _progress_bar(source: Source, files: list[InputFile], visible: bool) -> Iterator[Progress]:
+def _progress_bar(
+    source: Source, files: list[InputFile], visible: bool
+) -> Iterator[Callable[[float, TokenWriter], None]]:
+    """A bar over the bytes of input; yields the function that moves it on."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -230,9 +185,19 @@ def _progress_bar(source: Source, files: list[InputFile], visible: bool) -> Iter
         TextColumn("{task.fields[documents]:,} documents, {task.fields[tokens]:,} tokens"),
         TimeRemainingColumn(),
     )
+    pending = 0.0
     with Progress(*columns, disable=not visible) as bar:
-        bar.add_task(f"tokenising {source.path}", total=total_bytes(files), documents=0, tokens=0)
-        yield bar
+        task = bar.add_task(f"tokenising {source.path}", total=total_bytes(files), documents=0, tokens=0)
+
+        def advance(size: float, writer: TokenWriter) -> None:
+            nonlocal pending
+            pending += size
+            if pending >= _BAR_STEP:
+                bar.update(task, advance=pending, documents=writer.num_documents, tokens=writer.num_tokens)
+                pending = 0.0
+
+        yield advance
+        bar.update(task, completed=total_bytes(files))
 
 
 def _nothing(source: Source, files: list[InputFile], bad: BadLines) -> str:

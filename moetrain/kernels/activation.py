@@ -7,7 +7,7 @@ Rows from `offsets_E[-1]` on are not read, and zero in the results.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -43,12 +43,14 @@ def recognise_activation(module: torch.nn.Module) -> Activation | None:
     Candidates are tried on random numbers against the module's own `_apply_gate` (or `act_fn` without a gate), so a
     class that overrides it is matched by what it computes and not by its name.
     """
-    gated, interleaved = module.has_gate, module.has_gate and not module.is_concatenated
-    limits = {_number(module, name) for name in ("limit", "swiglu_limit")} - {None} | {math.inf}
-    alphas = {_number(module, name) for name in ("alpha", "swiglu_alpha")} - {None} | {1.0}
+    gated = bool(module.has_gate)
+    interleaved = gated and not module.is_concatenated
+    limits = {math.inf, *_numbers(module, "limit", "swiglu_limit")}
+    alphas = {1.0, *_numbers(module, "alpha", "swiglu_alpha")}
+    compute: Any = module._apply_gate if gated else module.act_fn
     probe = torch.randn(16, 64, generator=torch.Generator().manual_seed(0)).mul_(8.0)
     with torch.no_grad():
-        expected = module._apply_gate(probe) if gated else module.act_fn(probe)
+        expected = compute(probe)
     for kind in KINDS:
         for limit in limits if gated else {math.inf}:
             for alpha in alphas if kind == "silu" else {1.0}:
@@ -59,9 +61,9 @@ def recognise_activation(module: torch.nn.Module) -> Activation | None:
     return None
 
 
-def _number(module: torch.nn.Module, name: str) -> float | None:
-    value = getattr(module, name, None)
-    return float(value) if isinstance(value, (int, float)) else None
+def _numbers(module: torch.nn.Module, *names: str) -> list[float]:
+    values = (getattr(module, name, None) for name in names)
+    return [float(value) for value in values if isinstance(value, (int, float))]
 
 
 def gated_activation_ref(

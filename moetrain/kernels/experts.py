@@ -11,7 +11,7 @@ G width of the up projection (2 I when gated, else I).
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -39,7 +39,7 @@ class ExpertWeights(NamedTuple):
     transposed: bool = False
 
 
-def expert_weights(module: torch.nn.Module) -> ExpertWeights:
+def expert_weights(module: Any) -> ExpertWeights:
     """Parameters of an experts module of Transformers, as its attributes hold them."""
     name = "gate_up_proj" if module.has_gate else "up_proj"
     up_bias, down_bias = (getattr(module, f"{n}_bias") if module.has_bias else None for n in (name, "down_proj"))
@@ -65,7 +65,9 @@ def experts_forward(
     if not isinstance(activation, Activation):
         rows_RH, weights_R = permute(x_TH, top_k_weights_TK, routing)
         return unpermute_reduce(_plain_rows(rows_RH, routing.offsets_E, weights_R, weights, activation), routing)
-    out_TH, _ = _experts_op(x_TH, top_k_weights_TK, routing.row_TK, routing.offsets_E, *weights, activation.key())
+    out_TH: torch.Tensor = _experts_op(
+        x_TH, top_k_weights_TK, routing.row_TK, routing.offsets_E, *weights, activation.key()
+    )[0]
     return out_TH
 
 
@@ -85,7 +87,7 @@ def expert_rows(
     """
     if not isinstance(activation, Activation):
         return _plain_rows(rows_RH, offsets_E, weights_R, weights, activation)
-    out_RH, _ = _rows_op(rows_RH, weights_R, offsets_E, *weights, activation.key())
+    out_RH: torch.Tensor = _rows_op(rows_RH, weights_R, offsets_E, *weights, activation.key())[0]
     return out_RH
 
 

@@ -20,12 +20,13 @@ def permute(x_TH: torch.Tensor, weights_TK: torch.Tensor | None, routing: Routin
 
     The backward sums the K rows of a token in fp32, in the order of k: no atomics, the same bits every time.
     """
-    return _permute_op(x_TH, weights_TK, routing.row_TK, routing.slot_R.numel())
+    rows_RH, weights_R = _permute_op(x_TH, weights_TK, routing.row_TK, routing.slot_R.numel())
+    return rows_RH, weights_R
 
 
 def unpermute_reduce(rows_RH: torch.Tensor, routing: Routing) -> torch.Tensor:
     """Sum of the rows of each token [T, H], accumulated in fp32; a slot without a row adds nothing."""
-    out_TH, _ = _unpermute_reduce_op(rows_RH, None, routing.row_TK)
+    out_TH: torch.Tensor = _unpermute_reduce_op(rows_RH, None, routing.row_TK)[0]
     return out_TH
 
 

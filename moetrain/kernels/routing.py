@@ -66,7 +66,8 @@ def _route_sort_op(
     top_k_index_TK: torch.Tensor, num_experts: int, capacity: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     if not runs_triton(top_k_index_TK) or top_k_index_TK.numel() == 0:
-        return tuple(route_sort_ref(top_k_index_TK, num_experts, capacity))
+        counts_E, offsets_E, row_TK, slot_R = route_sort_ref(top_k_index_TK, num_experts, capacity)
+        return counts_E, offsets_E, row_TK, slot_R
     index_N = top_k_index_TK.contiguous()
     slots = index_N.numel()
     tiles = cdiv(slots, TILE)

@@ -202,9 +202,9 @@ def set_aux_loss(model: PreTrainedModel, coef: float | None, grad_accum: int = 1
     if coef == 0:
         return "auxiliary loss: off"
     # where the model has a copy of the coefficient, the configuration keeps the user's, for the exported checkpoint
-    config.router_aux_loss_coef = coef
+    config.router_aux_loss_coef = coef if own_attribute else coef / grad_accum
     if own_attribute:
-        model.router_aux_loss_coef = coef  # type: ignore[assignment]
+        model.router_aux_loss_coef = coef / grad_accum  # type: ignore[assignment]
     return f"auxiliary loss: coefficient {coef:g}" + (f" over {grad_accum} passes" if grad_accum > 1 else "")
 
 

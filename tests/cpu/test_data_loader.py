@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import multiprocessing
 from collections import Counter
 from itertools import islice
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from moetrain.config import DataConfig, Source
-from moetrain.data import tokenize_config
+from moetrain.data import tokenize_config, tokenize_to_file
 from moetrain.data.loader import Mixture
 from tests.data_helpers import data, make_tokenizer, write_jsonl
 
@@ -270,6 +271,27 @@ def test_token_files_of_chats_keep_their_loss_mask(tmp_path: Path) -> None:
     assert "u" in tokenizer.decode([t for t in everything["labels"].flatten().tolist() if t != -100])
     with pytest.raises(ValueError, match="holds text"):
         data(options | {"train": [{"path": str(text_tokens(tmp_path))}], "loss_on": "assistant"}, tmp_path)
+
+
+def test_worker_processes_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moetrain.data.tokenize._PARALLEL_ABOVE", 0)
+    monkeypatch.setattr("moetrain.data.encode.get_context", lambda name: multiprocessing.get_context("fork"))  # quick
+    rows: list[Any] = [
+        {"messages": [{"role": "user", "content": f"u{i}"}, {"role": "assistant", "content": f"a{i}"}]}
+        for i in range(700)
+    ]
+    rows[500]["messages"][1]["role"] = 7
+    path = write_jsonl(tmp_path / "a.jsonl", rows)
+    source = Source(path=str(path))
+    made = DataConfig(train=[source], on_bad_line="skip")
+    files = [
+        tokenize_to_file(source, made, make_tokenizer(CHATML), tmp_path / f"{n}.tokens", workers=n) for n in (1, 2)
+    ]
+    assert files[0].path.read_bytes() == files[1].path.read_bytes()
+    assert files[0].num_documents == 699 and "a.jsonl:501, message 1" in files[1].header["first_skipped"]
+    with pytest.raises(ValueError, match=r"a\.jsonl:501, message 1"):
+        failing = DataConfig(train=[source])
+        tokenize_to_file(source, failing, make_tokenizer(CHATML), tmp_path / "c.tokens", workers=2)
 
 
 def text_tokens(tmp_path: Path) -> Path:

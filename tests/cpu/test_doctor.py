@@ -10,6 +10,7 @@ import socket
 import sys
 from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -110,3 +111,15 @@ def test_reason_for_no_gpu(monkeypatch: pytest.MonkeyPatch, found: dict[str, Any
     monkeypatch.setattr(doctor.shutil, "which", lambda name: "smi" if found["smi"] else None)
     monkeypatch.setattr(torch.version, "cuda", found.get("cuda"))
     assert doctor.why_no_gpu().startswith(expected)
+
+
+def test_gpus_and_their_peers(monkeypatch: pytest.MonkeyPatch) -> None:
+    card = SimpleNamespace(name="NVIDIA Test", total_memory=80 * 2**30, major=9, minor=0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: card)
+    monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda i, j: abs(i - j) == 1)
+    found = doctor.gpus()
+    assert [gpu["peers"] for gpu in found] == [1, 2, 1]
+    assert found[0] == {"name": "NVIDIA Test", "memory_bytes": 80 * 2**30, "capability": "9.0", "peers": 1}
+    assert doctor.why_no_gpu() == ""

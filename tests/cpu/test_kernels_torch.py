@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from moetrain.kernels import activation as activation_module
+from moetrain.kernels import select_backend
 from moetrain.kernels.activation import Activation, recognise_activation
 from moetrain.kernels.experts import ExpertWeights, _experts_op, _rows_op, expert_rows, experts_forward
 from moetrain.kernels.permute import _permute_op, _unpermute_reduce_op, permute, unpermute_reduce
@@ -106,6 +107,7 @@ class _Experts(nn.Module):
     def __init__(self, act_fn: nn.Module, gated: bool = True, concatenated: bool = True) -> None:
         super().__init__()
         self.act_fn, self.has_gate, self.is_concatenated = act_fn, gated, concatenated
+        self.limit: float | None = None
 
     def _apply_gate(self, up: torch.Tensor) -> torch.Tensor:
         gate, up = up.chunk(2, dim=-1)
@@ -135,3 +137,12 @@ def test_recognises_transformers_experts() -> None:
     assert recognise_activation(_Experts(nn.GELU(approximate="tanh"))) == Activation("gelu_tanh")
     assert recognise_activation(_Experts(nn.Mish())) is None
     assert recognise_activation(_Experts(nn.Tanh(), gated=False)) is None
+
+
+def test_table_says_why() -> None:
+    name, reasons = select_backend("grouped_mm", torch.device("cpu"), torch.float64)
+    assert name == "torch_loop"
+    assert set(reasons) == {"triton_tma", "torch_grouped_mm"}
+    assert select_backend("permute", torch.device("cpu"), torch.float32)[0] == "torch"
+    with pytest.raises(ValueError, match="route_sort"):
+        select_backend("route", torch.device("cpu"), torch.float32)

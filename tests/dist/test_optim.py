@@ -165,7 +165,8 @@ def check_saved_state(folder: Path, states: str, layout: str) -> None:
     steps(model, optimizer, range(2, 4))
 
     other, resumed = build()
-    state = {"model": other.state_dict(), "optimizer": get_optimizer_state_dict(other, resumed)}
+    template = get_optimizer_state_dict(other, build_optimizer(other, config))
+    state = {"model": other.state_dict(), "optimizer": template}
     dcp.load(state, checkpoint_id=folder / states)
     other.load_state_dict(state["model"])
     set_optimizer_state_dict(other, resumed, state["optimizer"])

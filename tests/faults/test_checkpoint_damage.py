@@ -17,7 +17,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch.distributed.fsdp import fully_shard
-from torch.optim.lr_scheduler import LambdaLR
 
 from moetrain.checkpoint import (
     check_checkpoint,
@@ -159,28 +158,6 @@ def test_unknown_format(root: Path) -> None:
     model, optimizer = trained()
     with pytest.raises(ValueError, match="has format 99; this version reads format 1"):
         load_state(newest(root), model=model, optimizer=optimizer, verify=False)
-
-
-def test_states_that_are_no_json(tmp_path: Path) -> None:
-    model, optimizer = trained()
-    with pytest.raises(ValueError, match="data_state is no JSON value: Object of type Tensor"):
-        save_state(tmp_path / "c", 1, model=model, optimizer=optimizer, data_state={"x": torch.ones(1)})
-    with pytest.raises(ValueError, match="extra is no JSON value"):
-        save_state(tmp_path / "c", 1, model=model, optimizer=optimizer, extra=object())
-    assert not (tmp_path / "c").exists()
-
-
-def test_scheduler_and_learning_rate_come_back(tmp_path: Path) -> None:
-    model, optimizer = trained(lr=0.3)
-    scheduler = LambdaLR(optimizer, lambda step: 1 / (1 + step))
-    optimizer.step()
-    scheduler.step()
-    path = save_state(tmp_path, 1, model=model, optimizer=optimizer, scheduler=scheduler)
-    model, optimizer = trained(lr=0.9)
-    again = LambdaLR(optimizer, lambda step: 1 / (1 + step))
-    load_state(path, model=model, optimizer=optimizer, scheduler=again)
-    assert again.state_dict() == scheduler.state_dict()
-    assert optimizer.param_groups[0]["lr"] == 0.15 and optimizer.param_groups[0]["betas"] == (0.9, 0.999)
 
 
 def test_export_of_a_run_whose_source_is_gone(tmp_path: Path) -> None:

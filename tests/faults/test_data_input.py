@@ -95,6 +95,12 @@ def test_text_cannot_have_loss_on_the_assistant(tmp_path: Path) -> None:
     fails("loss_on=assistant needs chats, but .*a.jsonl:1 is text", config(path, loss_on="assistant"), tmp_path)
 
 
+def test_texts_and_chats_in_one_source(tmp_path: Path) -> None:
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    path = write_jsonl(tmp_path / "a.jsonl", [*ROWS, {"messages": chat}])
+    fails("a.jsonl:51 is a chat in a source that began with text; make two sources", config(path), tmp_path)
+
+
 def test_nothing_to_validate_on(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "same.jsonl", [{"text": "the fox"}] * 5)
     fails("all documents are equal; give data.validation", config(tmp_path / "same.jsonl"), tmp_path)

@@ -124,14 +124,18 @@ print(f"errors of rank {rank}", file=sys.stderr)
     assert len({variables["MASTER_PORT"] for variables in told}) == 1
     printed = capfd.readouterr()
     assert printed.out == "output of rank 0\n" and printed.err == "errors of rank 0\n"
-    assert (tmp_path / "logs" / "rank-2.log").read_text() == "output of rank 2\nerrors of rank 2\n"
+    header, *lines = (tmp_path / "logs" / "rank-2.log").read_text().splitlines()
+    assert header.startswith("--- started ") and lines == ["output of rank 2", "errors of rank 2"]
     assert not (tmp_path / "logs" / "rank-0.log").exists()
 
 
-def test_a_later_run_keeps_the_log(tmp_path: Path) -> None:
-    for _ in range(2):
-        run_local(command(tmp_path, "print('hello')"), 2, tmp_path / "logs")
-    assert (tmp_path / "logs" / "rank-1.log").read_text() == "hello\nhello\n"
+def test_a_later_run_keeps_the_log_and_shows_its_own_lines(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    run_local(command(tmp_path, "print('first run')"), 2, tmp_path / "logs")
+    run_local(command(tmp_path, "print('second run'); sys.exit(3 * rank)"), 2, tmp_path / "logs")
+    log = (tmp_path / "logs" / "rank-1.log").read_text()
+    assert "first run" in log and "second run" in log
+    errors = capfd.readouterr().err
+    assert "second run" in errors and "first run" not in errors and "--- started" not in errors
 
 
 def test_threads_chosen_by_the_user_stay(monkeypatch: pytest.MonkeyPatch) -> None:

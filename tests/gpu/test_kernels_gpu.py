@@ -168,7 +168,7 @@ def test_graph_follows_new_choices() -> None:
     with torch.cuda.graph(graph):
         captured = step()
     for kind in ("skewed", "elsewhere", "none"):
-        index.copy_(cases.choices(kind, *index.shape, 4, "cuda"))
+        index.copy_(cases.choices(kind, index.shape[0], index.shape[1], 4, "cuda"))
         graph.replay()
         for value, expected in zip(captured, step(), strict=True):
             assert torch.equal(value, expected)
