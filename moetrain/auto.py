@@ -24,7 +24,7 @@ from transformers.distributed import DistributedConfig
 from moetrain import families
 from moetrain.backends.liger import apply_liger
 from moetrain.checkpoint import CheckpointInfo, Dropped, check_checkpoint, find_dropped, save_hf
-from moetrain.checkpoint.concatenated import reread_concatenated
+from moetrain.checkpoint.sharded_reading import compare_shards, reread_concatenated
 from moetrain.mesh import rank
 from moetrain.moe.layer import NAME, register
 from moetrain.parallelize import parallelize, without_expert_parallelism
@@ -65,8 +65,11 @@ class _Prepared:
     @staticmethod
     def _load_pretrained_model(model: Any, state_dict: Any, files: list[str] | None, load_config: Any) -> Any:
         info = _check_source(files)
+        sharded = files is not None and getattr(model, "_mesh_manager", None) is not None
+        if sharded:
+            compare_shards(load_config.weight_mapping)
         result = PreTrainedModel._load_pretrained_model(model, state_dict, files, load_config)
-        if files and getattr(model, "_mesh_manager", None) is not None:
+        if sharded:
             reread_concatenated(model, files, load_config.weight_mapping)
         if info is not None and (dropped := find_dropped(model, info)).tensors:
             _say(dropped.describe())

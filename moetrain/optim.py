@@ -154,7 +154,8 @@ class AdamW(torch.optim.Optimizer):
         parameters = [p for group in self.param_groups for p in group["params"]]
         self._random_stream = {p: (index, len(parameters), _shard_index(p)) for index, p in enumerate(parameters)}
         if states == "8bit":
-            self._quantiser = {name: Quantiser(signed) for name, signed in (("exp_avg", True), ("exp_avg_sq", False))}
+            device = _local(parameters[0]).device
+            self._quantiser = {"exp_avg": Quantiser(True, device), "exp_avg_sq": Quantiser(False, device)}
             _warn_unquantised(parameters)
         for parameter in parameters:
             self.state[parameter] = self._new_state(parameter)
@@ -282,31 +283,25 @@ def stochastic_round_(target: Tensor, value: Tensor, random: torch.Generator) ->
 class Quantiser:
     """8-bit codes and a scale for each block along the last dimension (arXiv 2110.02861)."""
 
-    def __init__(self, signed: bool) -> None:
+    def __init__(self, signed: bool, device: torch.device) -> None:
         try:
             from torchao.optim.quant_utils import create_dynamic_map
         except ImportError as error:
             raise ValueError("optim.states=8bit needs torchao: pip install torchao") from error
-        self._values = torch.tensor(create_dynamic_map(signed))
+        self._values = torch.tensor(create_dynamic_map(signed), device=device)
         self._between = (self._values[1:] + self._values[:-1]) / 2
 
     def read(self, codes: Tensor, scale: Tensor) -> Tensor:
         """fp32 values of uint8 `codes` [..., L] with `scale` [..., L / block]."""
-        self._move(codes.device)
         blocks = codes.reshape(*scale.shape, codes.shape[-1] // scale.shape[-1])
         return (self._values[blocks.int()] * scale.unsqueeze(-1)).view(codes.shape)
 
     def write(self, codes: Tensor, scale: Tensor, value: Tensor) -> None:
         """Quantise fp32 `value` into `codes` and `scale`, each element to the nearest code."""
-        self._move(codes.device)
         blocks = value.reshape(*scale.shape, codes.shape[-1] // scale.shape[-1])
         scale.copy_(blocks.abs().amax(-1).clamp_(min=1e-12))
         nearest = torch.bucketize(blocks / scale.unsqueeze(-1), self._between, out_int32=True)
         codes.copy_(nearest.view(codes.shape))
-
-    def _move(self, device: torch.device) -> None:
-        if self._values.device != device:
-            self._values, self._between = self._values.to(device), self._between.to(device)
 
 
 def quantised_block(parameter: Tensor) -> int:

@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import dataclasses
 import resource
+import sys
 import time
+import warnings
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -19,6 +21,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import transformers
 from torch import Tensor
 from transformers import AutoModelForCausalLM as PlainAutoModelForCausalLM
 from transformers import AutoTokenizer, PreTrainedModel
@@ -70,7 +73,11 @@ def train(config: RunConfig) -> None:
                 run.save(step)
         run.evaluate(step)
         run.save(step)
-        if config.checkpoint.export and not run.guard.signalled:
+        if run.guard.signalled:
+            run.metrics.say(
+                f"stopped by {run.guard.signalled} after step {step}; the same command continues from there"
+            )
+        elif config.checkpoint.export:
             run.export()
     finally:
         run.close()
@@ -230,6 +237,7 @@ class Run:
 
 def setup(config: RunConfig) -> Run:
     """Everything before the first step. Cheap checks come first, so that a mistake costs seconds."""
+    keep_quiet()
     device = start_process_group(config)
     output_dir = Path(config.output_dir)
     if mesh.rank() == 0:
@@ -286,6 +294,13 @@ def setup(config: RunConfig) -> Run:
         guard=Guard(output_dir, mesh.rank(), hang_seconds=config.parallel.timeout_seconds / 2),
         metrics=metrics,
     )
+
+
+def keep_quiet() -> None:
+    """Progress bars of libraries are for a terminal, and once is enough; the loop never writes to a model's outputs."""
+    if mesh.rank() > 0 or not sys.stderr.isatty():
+        transformers.utils.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
 
 
 def start_process_group(config: RunConfig) -> torch.device:

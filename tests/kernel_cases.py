@@ -80,17 +80,19 @@ def poison(*tensors: torch.Tensor, used: int) -> None:
         tensor[used:] = math.nan
 
 
-def check_route_sort(kind: str, tokens: int, top_k: int, experts: int, capacity: int | None, device: str) -> None:
-    index = choices(kind, tokens, top_k, experts, device)
-    routing = route_sort(index, experts, capacity)
-    expected = route_sort_ref(index, experts, tokens * top_k if capacity is None else capacity)
+def check_route_sort(
+    kind: str, tokens: int, top_k: int, experts: int, capacity: int | None, device: str, first: int = 0
+) -> None:
+    index = choices(kind, tokens, top_k, experts, device) + first
+    routing = route_sort(index, experts, capacity, first)
+    expected = route_sort_ref(index, experts, tokens * top_k if capacity is None else capacity, first)
     for name, value, reference in zip(routing._fields, routing, expected, strict=True):
         assert value.dtype == torch.int32
         assert torch.equal(value, reference), name
     here = routing.row_TK.flatten() >= 0
     slots = torch.arange(index.numel(), device=device, dtype=torch.int32)[here]
     assert torch.equal(routing.slot_R[routing.row_TK.flatten()[here].long()], slots)
-    for value, again in zip(routing, route_sort(index, experts, capacity), strict=True):
+    for value, again in zip(routing, route_sort(index, experts, capacity, first), strict=True):
         assert torch.equal(value, again)
 
 

@@ -192,7 +192,7 @@ class ShardWriter:
     def _write(self, block: bytes | memoryview) -> int:
         with self._closed_on_error():
             self._file.write(block)
-        self._digest.update(block)
+        self._digest.update(block)  # 1 to 2 GB/s, while the kernel brings the last blocks to the disk
         return len(block)
 
     @property

@@ -160,7 +160,7 @@ def load_state(
     with _dcp_errors(f"cannot read {path}"):
         load(tensors, storage_reader=TensorReader(path), planner=DefaultLoadPlanner(False), **_single())
     if scheduler is not None:
-        pass
+        scheduler.load_state_dict(state["scheduler"])
     resharded = state["world_size"] != world_size()
     local = state["ranks"][0 if resharded else rank()]
     if not resharded:

@@ -82,6 +82,7 @@ def permute_rows(
         weights_R,
         hidden,
         TOP_K=row_TK.shape[1],
+        PAD_K=next_power_of_2(row_TK.shape[1]),
         BLOCK=block,
         num_warps=4,
     )
@@ -165,10 +166,21 @@ _unpermute_reduce_op.register_autograd(_unpermute_reduce_backward, setup_context
 
 @jit
 def _scatter_tokens(  # type: ignore[no-untyped-def]
-    x_TH, weights_TK, row_TK, rows_RH, weights_R, hidden, TOP_K: tl.constexpr, BLOCK: tl.constexpr
+    x_TH,
+    weights_TK,
+    row_TK,
+    rows_RH,
+    weights_R,
+    hidden,
+    TOP_K: tl.constexpr,
+    PAD_K: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
-    """Read a token once, write it to its K rows: T * H read, T * K * H written."""
+    """Read a token once, write it to its K rows: T * H read, T * K * H written. Tokens without a row are not read."""
     token = tl.program_id(0).to(tl.int64)
+    k = tl.arange(0, PAD_K)
+    if tl.max(tl.load(row_TK + token * TOP_K + k, mask=k < TOP_K, other=-1), 0) < 0:
+        return
     h = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     x_H = tl.load(x_TH + token * hidden + h, mask=h < hidden)
     for k in tl.static_range(TOP_K):

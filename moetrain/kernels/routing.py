@@ -31,22 +31,25 @@ class Routing(NamedTuple):
     """Slot (t * K + k) of each row; -1 past the last."""
 
 
-def route_sort(top_k_index_TK: torch.Tensor, num_experts: int, capacity: int | None = None) -> Routing:
+def route_sort(
+    top_k_index_TK: torch.Tensor, num_experts: int, capacity: int | None = None, first_expert: int = 0
+) -> Routing:
     """Sort slots by expert, stable and deterministic, with shapes that do not depend on the choices.
 
     Args:
-        top_k_index_TK: chosen experts, any integer dtype; ids outside [0, num_experts) mean "not on this rank".
+        top_k_index_TK: chosen experts, any integer dtype; ids outside [first_expert, first_expert + num_experts)
+            mean "not on this rank".
         num_experts: experts on this rank.
         capacity: rows to lay out; None takes T * K, which always suffices. Slots beyond it get row -1, the last
             ones in expert order first; `counts_E.sum() > capacity` says so on the device.
     """
     capacity = top_k_index_TK.numel() if capacity is None else capacity
-    return Routing(*_route_sort_op(top_k_index_TK, num_experts, capacity))
+    return Routing(*_route_sort_op(top_k_index_TK, num_experts, capacity, first_expert))
 
 
-def route_sort_ref(top_k_index_TK: torch.Tensor, num_experts: int, capacity: int) -> Routing:
+def route_sort_ref(top_k_index_TK: torch.Tensor, num_experts: int, capacity: int, first_expert: int = 0) -> Routing:
     """`route_sort` in plain torch."""
-    index_N = top_k_index_TK.reshape(-1).long()
+    index_N = top_k_index_TK.reshape(-1).long() - first_expert
     index_N = torch.where((index_N < 0) | (index_N >= num_experts), num_experts, index_N)
     order_N = torch.argsort(index_N, stable=True)
     counts_E = torch.zeros(num_experts + 1, dtype=torch.long, device=index_N.device)
@@ -63,10 +66,10 @@ def route_sort_ref(top_k_index_TK: torch.Tensor, num_experts: int, capacity: int
 
 @torch.library.custom_op("moetrain::route_sort", mutates_args=())
 def _route_sort_op(
-    top_k_index_TK: torch.Tensor, num_experts: int, capacity: int
+    top_k_index_TK: torch.Tensor, num_experts: int, capacity: int, first_expert: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     if not runs_triton(top_k_index_TK) or top_k_index_TK.numel() == 0:
-        counts_E, offsets_E, row_TK, slot_R = route_sort_ref(top_k_index_TK, num_experts, capacity)
+        counts_E, offsets_E, row_TK, slot_R = route_sort_ref(top_k_index_TK, num_experts, capacity, first_expert)
         return counts_E, offsets_E, row_TK, slot_R
     index_N = top_k_index_TK.contiguous()
     slots = index_N.numel()
@@ -78,7 +81,9 @@ def _route_sort_op(
 
     before_EP, counts_E, offsets_E = empty(num_experts, tiles), empty(num_experts), empty(num_experts)
     row_TK, slot_R = empty(*index_N.shape), empty(capacity)
-    _count_tiles[(tiles,)](index_N, before_EP, slots, tiles, num_experts, TILE=TILE, PAD_E=pad_E, num_warps=2)
+    _count_tiles[(tiles,)](
+        index_N, before_EP, slots, tiles, first_expert, num_experts, TILE=TILE, PAD_E=pad_E, num_warps=2
+    )
     _scan_tiles[(num_experts,)](before_EP, counts_E, tiles, PAD_P=next_power_of_2(tiles), num_warps=4)
     _place_slots[(tiles,)](
         index_N,
@@ -89,6 +94,7 @@ def _route_sort_op(
         slot_R,
         slots,
         tiles,
+        first_expert,
         num_experts,
         capacity,
         TILE=TILE,
@@ -101,7 +107,7 @@ def _route_sort_op(
 
 @_route_sort_op.register_fake
 def _(
-    top_k_index_TK: torch.Tensor, num_experts: int, capacity: int
+    top_k_index_TK: torch.Tensor, num_experts: int, capacity: int, first_expert: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     def empty(*shape: int) -> torch.Tensor:
         return top_k_index_TK.new_empty(shape, dtype=torch.int32)
@@ -110,11 +116,11 @@ def _(
 
 
 @jit
-def _count_tiles(index_N, counts_EP, slots, tiles, experts, TILE: tl.constexpr, PAD_E: tl.constexpr):  # type: ignore
+def _count_tiles(index_N, counts_EP, slots, tiles, first_expert, experts, TILE: tl.constexpr, PAD_E: tl.constexpr):  # type: ignore
     """Histogram of each tile of slots: counts_EP[e, tile]."""
     tile = tl.program_id(0)
     slot = tile * TILE + tl.arange(0, TILE)
-    expert = tl.load(index_N + slot, mask=slot < slots, other=-1).to(tl.int32)
+    expert = tl.load(index_N + slot, mask=slot < slots, other=-1).to(tl.int32) - first_expert
     here = (expert >= 0) & (expert < experts)
     count = tl.histogram(tl.where(here, expert, 0), PAD_E, mask=here)
     e = tl.arange(0, PAD_E)
@@ -141,6 +147,7 @@ def _place_slots(  # type: ignore[no-untyped-def]
     slot_R,
     slots,
     tiles,
+    first_expert,
     experts,
     capacity,
     TILE: tl.constexpr,
@@ -150,7 +157,7 @@ def _place_slots(  # type: ignore[no-untyped-def]
     """Row of a slot = rows of smaller experts + its expert's slots in earlier tiles + those before it in this tile."""
     tile = tl.program_id(0)
     slot = tile * TILE + tl.arange(0, TILE)
-    expert = tl.load(index_N + slot, mask=slot < slots, other=-1).to(tl.int32)
+    expert = tl.load(index_N + slot, mask=slot < slots, other=-1).to(tl.int32) - first_expert
     here = (expert >= 0) & (expert < experts)
     earlier = (expert[:, None] == expert[None, :]) & (slot[:, None] > slot[None, :])
     row = tl.sum(earlier.to(tl.int32), 1)

@@ -89,7 +89,7 @@ def test_operators_are_registered_right() -> None:
     rows, row_weights = (tensor.detach().requires_grad_() for tensor in permute(x, top_k_weights, routing))
     key = cases.ACTIVATIONS["gpt_oss"].key()
     for op, args in [
-        (_route_sort_op, (index, 4, index.numel())),
+        (_route_sort_op, (index, 4, index.numel(), 0)),
         (_permute_op, (x, top_k_weights, routing.row_TK, index.numel())),
         (_unpermute_reduce_op, (rows, None, routing.row_TK)),
         (_experts_op, (x, top_k_weights, routing.row_TK, routing.offsets_E, *parameters, key)),

@@ -136,7 +136,7 @@ def test_quantiser_matches_torchao(signed: bool) -> None:
     theirs = OptimState8bit.zeros(value.shape, signed, 256)
     theirs.copy_(value)
     codes, scale = torch.zeros(value.shape, dtype=torch.uint8), torch.zeros(6, 5, 2)
-    mine = Quantiser(signed)
+    mine = Quantiser(signed, torch.device("cpu"))
     mine.write(codes, scale, value)
     # values half-way between two codes may go either way
     assert (codes != theirs.codes).float().mean() < 1e-3

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, Qwen3Config
 from transformers import AutoModelForCausalLM as PlainAutoModelForCausalLM
@@ -177,3 +178,61 @@ def refuses(rank: int, world_size: int, folder: str) -> str:
     except ValueError as error:
         return str(error)
     return ""
+
+
+def dropped_weights(rank: int, world_size: int, folder: str) -> dict[str, Any]:
+    """Load a checkpoint with prediction layers that Transformers does not build, save it, and compare the files."""
+    results = {}
+    for family, extra in (("nemotron_h", "mtp.layers.0.norm.weight"), ("deepseek_v3", "model.layers.3.eh_proj.weight")):
+        where = Path(folder) / family
+        save_plain(rank, family, str(where / "source"))
+        if rank == 0:
+            file = where / "source" / "model.safetensors"
+            tensors = load_file(file) | {extra: torch.arange(6.0, dtype=torch.bfloat16).view(2, 3)}
+            save_file(tensors, file, metadata={"format": "pt"})
+        dist.barrier()
+        model = load(str(where / "source"), fsdp_size=world_size, ep_size=world_size)
+        model.save_pretrained(where / "saved")
+        saved: dict[str, torch.Tensor] = {}
+        for path in (where / "saved").glob("*.safetensors"):
+            saved |= load_file(path)
+        source = load_file(where / "source" / "model.safetensors")
+        results[family] = {
+            "kept": list(model.dropped_weights.tensors),
+            "same": saved.keys() == source.keys() and all(torch.equal(saved[key], source[key]) for key in source),
+        }
+    return results
+
+
+def image_text(rank: int, world_size: int, folder: str) -> dict[str, Any]:
+    """A vision-language MoE with experts over two ranks, fed text: logits against one process, and its save."""
+    from transformers import Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGeneration
+
+    from moetrain import AutoModelForImageTextToText
+
+    text = {
+        "vocab_size": 128, "hidden_size": 32, "intermediate_size": 48, "moe_intermediate_size": 16, "head_dim": 16,
+        "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2, "num_experts": 4,
+        "num_experts_per_tok": 2, "rope_parameters": {"rope_type": "default", "mrope_section": [4, 2, 2]},
+    }  # fmt: skip
+    vision = {"depth": 1, "hidden_size": 16, "num_heads": 2, "intermediate_size": 16, "out_hidden_size": 32}
+    vision |= {"deepstack_visual_indexes": [0], "num_position_embeddings": 16}
+    torch.manual_seed(0)
+    plain = Qwen3VLMoeForConditionalGeneration(Qwen3VLMoeConfig(text_config=text, vision_config=vision)).float()
+    if rank == 0:
+        plain.save_pretrained(folder + "/source")
+    dist.barrier()
+    layout = DistributedConfig(fsdp_size=world_size, ep_size=world_size)
+    model = AutoModelForImageTextToText.from_pretrained(
+        folder + "/source", dtype=torch.float32, distributed_config=layout
+    )
+    inputs = batch(rank)
+    with torch.no_grad():
+        difference = (model(**inputs).logits - plain(**inputs).logits).abs().max().item()
+    model.save_pretrained(folder + "/saved")
+    again = Qwen3VLMoeForConditionalGeneration.from_pretrained(folder + "/saved", dtype=torch.float32).state_dict()
+    return {
+        "class": type(model).__name__.removeprefix("FSDP"),
+        "logits": difference,
+        "same": all(torch.equal(again[name], tensor) for name, tensor in plain.state_dict().items()),
+    }

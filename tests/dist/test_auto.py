@@ -11,6 +11,8 @@ from tests.dist.auto_cases import (
     bytes_read,
     checkpointed,
     dense_fallback,
+    dropped_weights,
+    image_text,
     random_model,
     refuses,
 )
@@ -70,3 +72,16 @@ def test_indivisible_experts_name_the_valid_sizes(tmp_path: Path) -> None:
     message = run_ranks(refuses, 2, str(tmp_path))[0]
     assert "9 experts" in message
     assert "[1]" in message
+
+
+def test_weights_that_transformers_drops_are_written_back(tmp_path: Path) -> None:
+    results = run_ranks(dropped_weights, 2, str(tmp_path))[0]
+    assert results["nemotron_h"] == {"kept": ["mtp.layers.0.norm.weight"], "same": True}
+    assert results["deepseek_v3"] == {"kept": ["model.layers.3.eh_proj.weight"], "same": True}
+
+
+def test_image_text_to_text(tmp_path: Path) -> None:
+    result = run_ranks(image_text, 2, str(tmp_path))[0]
+    assert result["class"] == "Qwen3VLMoeForConditionalGeneration"
+    assert result["logits"] < 1e-5
+    assert result["same"]

@@ -60,7 +60,7 @@ def rows_layer(
     ("tokens", "top_k", "experts", "capacity"), [(4096, 8, 128, None), (1000, 6, 512, 3000), (1, 1, 1, 4)]
 )
 def test_route_sort(kind: str, tokens: int, top_k: int, experts: int, capacity: int | None) -> None:
-    cases.check_route_sort(kind, tokens, top_k, experts, capacity, "cuda")
+    cases.check_route_sort(kind, tokens, top_k, experts, capacity, "cuda", first=experts)
 
 
 @pytest.mark.parametrize("kind", cases.ROUTINGS)

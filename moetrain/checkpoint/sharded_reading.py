@@ -1,8 +1,10 @@
-"""Reading parameters that a checkpoint stores in pieces along the axis that is sharded.
+"""Two conversions that Transformers 5.23 gets wrong when it reads a checkpoint into shards.
 
-Some families store one parameter as several tensors that are joined along dim 0 (Kimi-Linear's convolution from its
-q, k and v parts). Transformers 5.23 gives each rank its share of every piece, where the rank needs its share of the
-whole; this module reads such parameters again, each rank only its rows.
+- A parameter that is stored as several tensors, joined along the sharded dim 0 (Kimi-Linear's convolution from its q,
+  k and v parts): each rank is given its share of every piece, where it needs its share of the whole.
+  `reread_concatenated` reads such parameters again, each rank only its rows.
+- A parameter that is transposed unless it has the right shape already (Qwen3-VL-MoE's experts): the shard is compared
+  with the whole, so it is always transposed. `compare_shards` compares it with the shard.
 """
 
 from __future__ import annotations
@@ -17,11 +19,36 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from transformers.core_model_loading import (
     Concatenate,
+    Transpose,
     WeightConverter,
     WeightRenaming,
     dot_natural_key,
     rename_source_key,
 )
+
+
+def compare_shards(weight_mapping: list[Any]) -> None:
+    """Replace conditional transpositions in Transformers' conversions by ones that know of shards. Before reading."""
+    for entry in weight_mapping:
+        if isinstance(entry, WeightConverter):
+            entry.operations = [
+                _TransposeShard(op.dim0, op.dim1, check_dims=True) if _is_conditional(op) else op
+                for op in entry.operations
+            ]
+
+
+def _is_conditional(op: Any) -> bool:
+    return isinstance(op, Transpose) and op.check_dims
+
+
+class _TransposeShard(Transpose):
+    def convert(self, input_dict: Any, source_patterns: Any, target_patterns: Any, **kwargs: Any) -> Any:
+        parameter = kwargs["model"].get_parameter(kwargs["full_layer_name"])
+        tensors = next(iter(input_dict.values()))
+        shard = tensors[0] if isinstance(tensors, list) else tensors
+        if isinstance(parameter, DTensor) and shard.shape == parameter.to_local().shape:
+            return {self.get_target_pattern(input_dict, source_patterns, target_patterns): shard}
+        return super().convert(input_dict, source_patterns, target_patterns, **kwargs)
 
 
 @torch.no_grad()
