@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -60,7 +61,9 @@ class Dropped:
 def find_dropped(model: PreTrainedModel, info: CheckpointInfo) -> Dropped:
     """The tensors of a checkpoint that no parameter or buffer of `model` is loaded from."""
     state = model.state_dict()
-    mapping = get_model_conversion_mapping(model)
+    # Those that loading used know of its quantiser, too; a model that was not loaded has none.
+    used: Any = getattr(model, "_weight_conversions", None)
+    mapping = get_model_conversion_mapping(model) if used is None else used
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
 
