@@ -21,7 +21,10 @@ USER_ERROR = 2
 INTERRUPTED = 130
 NOISY_LOGGERS = ("torchao", "torch.utils._pytree")
 """torchao, which Transformers imports, warns of each of its libraries that is made for another GPU."""
-DISK_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
+DISK_ERRNOS = (
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO),
+    *(errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.ENAMETOOLONG),
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -217,14 +220,12 @@ class _Version(argparse.Action):
 
 def _tokenizer(config: RunConfig) -> Any:
     """The tokenizer of `model.path`; a checkpoint that the run would create is created now."""
-    from transformers import AutoTokenizer
+    from moetrain.create import create_checkpoint, find_checkpoint, load_tokenizer
+    from moetrain.data import training_texts
 
     if config.model.create is not None:
-        from moetrain.create import create_checkpoint
-        from moetrain.data import training_texts
-
         create_checkpoint(Path(config.model.path), config.model.create, training_texts(config.data), config.train.seed)
-    return AutoTokenizer.from_pretrained(config.model.path, trust_remote_code=config.model.trust_remote_code)
+    return load_tokenizer(find_checkpoint(config.model.path), config.model)
 
 
 def _users_to_mend(error: Exception) -> bool:

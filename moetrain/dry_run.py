@@ -6,14 +6,14 @@ import os
 from pathlib import Path
 from typing import cast
 
-import torch
 from rich import get_console
 from rich.markup import escape
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
-from moetrain import families, mesh
+from moetrain import families
 from moetrain.checkpoint import check_checkpoint
-from moetrain.config import CreateConfig, DataConfig, RunConfig, Source
+from moetrain.config import DataConfig, RunConfig, Source
+from moetrain.create import check_layout, find_checkpoint, load_config, load_tokenizer, meta_model, new_config
 from moetrain.data.sources import STDLIB, find_files
 from moetrain.data.tokenize import check_vocabulary
 from moetrain.launcher import num_processes
@@ -51,18 +51,14 @@ def _output(output_dir: Path) -> str:
 def _model(config: RunConfig) -> tuple[PreTrainedModel, str]:
     """The model on the meta device, without memory for its weights, and what it says."""
     path = config.model.path
-    code = {"trust_remote_code": config.model.trust_remote_code}
     if config.model.create is not None and not (Path(path) / "config.json").is_file():
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(_config_to_create(config.model.create))
+        model = meta_model(new_config(config.model.create, vocab_size=config.model.create.vocab_size), config.model)
         return model, f"{path} will be made: {_size(model)}, random weights"
-    model_config = AutoConfig.from_pretrained(path, **code)
-    check_vocabulary(AutoTokenizer.from_pretrained(path, **code), model_config)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(model_config, **code)
-    if not Path(path).is_dir():
-        return model, f"{path} from the hub: {_size(model)}; its weights were not looked at"
-    info = check_checkpoint(path)
+    directory = find_checkpoint(path)
+    info = check_checkpoint(directory)
+    model_config = load_config(directory, config.model)
+    check_vocabulary(load_tokenizer(directory, config.model), model_config)
+    model = meta_model(model_config, config.model)
     return model, f"{path}: {_size(model)}, {info.nbytes / 2**30:.2f} GiB in {_files(len(info.sizes))}, headers whole"
 
 
@@ -70,25 +66,15 @@ def _size(model: PreTrainedModel) -> str:
     return f"{model.config.model_type} of {model.num_parameters() / 1e6:,.1f} M parameters"
 
 
-def _config_to_create(create: CreateConfig) -> PretrainedConfig:
-    raw = {"vocab_size": create.vocab_size} | create.config
-    if "model_type" not in raw:
-        raise ValueError("model.create.config needs a model_type, such as qwen3_moe")
-    return AutoConfig.for_model(raw.pop("model_type"), **raw)
-
-
 def _layout(config: RunConfig, world: int, model: PreTrainedModel) -> str:
     parallel = config.parallel
-    layout = mesh.layout(world, parallel.ep_size, parallel.dp_replicate_size)
+    layout = check_layout(model, world, parallel)
     shards = f"{world} processes: dp_replicate {parallel.dp_replicate_size} x fsdp {layout.fsdp_size}"
     if parallel.ep_size == 1:
         return shards
     if reason := families.fallback_reason(model):
         return f"{shards}, no expert parallelism: {reason}"
-    families.check_supported(model.config)
     counts = {cast(int, module.num_experts) for _, module in families.experts_modules(model)}
-    for count in counts:
-        mesh.check_ep_divides(count, parallel.ep_size, layout.fsdp_size)
     experts = " or ".join(f"{count // parallel.ep_size} of {count}" for count in sorted(counts))
     return f"{shards}, ep {parallel.ep_size}: a rank holds {experts} experts of a layer"
 

@@ -1,20 +1,23 @@
-"""What keeps a run honest: stop requests, the non-finite stop, heartbeats with a hang report, a writable output."""
+"""What keeps a run honest: stop requests, the non-finite stop, heartbeats with a hang report, an output of its own."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import faulthandler
+import fcntl
 import json
 import math
 import os
 import shutil
 import signal
+import socket
 import sys
 import threading
 import time
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -22,6 +25,8 @@ if TYPE_CHECKING:
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 BEAT_SECONDS = 2.0
 """At most one heartbeat file a rank in this time: 128 ranks may share one file system."""
+CLAIM_SECONDS = 10.0
+"""How long the ranks of a killed run may take to die, GPUs included, before the next one gives up on their directory."""
 _TIMED_OUT = 1
 """What ranks agree on: 0 goes on, 1 (SIGHUP's number, which is not ours) is out of time, else the signal's number."""
 
@@ -131,6 +136,40 @@ class Guard:
                 file=sys.stderr,
                 flush=True,
             )
+
+
+def claim(output_dir: str | Path) -> TextIO:
+    """Hold `output_dir` for this process, until the file is closed: two runs would spoil each other's files.
+
+    The system lets go when the process ends, however it ends. File systems without locks let everyone in.
+
+    Raises:
+        ValueError: another process holds it, and still does after `CLAIM_SECONDS`; the message names the process.
+    """
+    file = (Path(output_dir) / "run.lock").open("a+", encoding="utf-8")
+    deadline = time.monotonic() + CLAIM_SECONDS
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError:
+            if time.monotonic() < deadline:
+                time.sleep(0.1)
+                continue
+            file.seek(0)
+            holder = file.read().strip()
+            file.close()
+            raise ValueError(
+                f"output_dir {output_dir} is in use by {holder}; stop that run, or choose another output_dir"
+            ) from None
+        except OSError as error:
+            if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+                raise
+            break
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    file.flush()
+    return file
 
 
 def check_writable(output_dir: str | Path, needed_bytes: int = 0) -> None:

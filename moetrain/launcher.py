@@ -10,12 +10,12 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 
 from moetrain.config import RunConfig, load_config
-from moetrain.guard import check_writable
+from moetrain.guard import check_writable, claim
 from moetrain.metrics import FILE_NAME
 from moetrain.report import CONFIG_FILE, config_yaml, write_report
 
@@ -39,7 +39,7 @@ def launch(config_path: str, overrides: Sequence[str] = (), processes: int | Non
     report and names the files.
 
     Raises:
-        ValueError: the configuration is wrong, or its output directory cannot be written.
+        ValueError: the configuration is wrong, or its output directory cannot be written or belongs to another run.
     """
     config = load_config(config_path, list(overrides))
     if not is_rank():
@@ -49,17 +49,35 @@ def launch(config_path: str, overrides: Sequence[str] = (), processes: int | Non
             command = [sys.executable, "-m", "moetrain", "train", config_path, *overrides]
             return run_local(command, processes, Path(config.output_dir) / "logs")
         os.environ.update(rank_environment(0, 1, free_port()))
-    leader = os.environ["RANK"] == "0"
-    if leader:
+    if os.environ["RANK"] == "0":
         check_writable(config.output_dir)
-        (Path(config.output_dir) / CONFIG_FILE).write_text(config_yaml(config), encoding="utf-8")
+        with claim(config.output_dir), _on_record(config):
+            _train(config)
+        _name_files(Path(config.output_dir), write_report(config.output_dir))
+    else:
+        _train(config)
+    return 0
 
-    from moetrain.trainer import train
+
+def _train(config: RunConfig) -> None:
+    from moetrain.trainer import train  # here, because the launcher has no use for torch
 
     train(config)
-    if leader:
-        _name_files(Path(config.output_dir), write_report(config.output_dir))
-    return 0
+
+
+@contextlib.contextmanager
+def _on_record(config: RunConfig) -> Iterator[None]:
+    """Keep the configuration in the output directory; a run that ends before its first record restores what was there."""
+    file, metrics = (Path(config.output_dir) / name for name in (CONFIG_FILE, FILE_NAME))
+    earlier = file.read_bytes() if file.exists() else None
+    recorded = metrics.stat().st_mtime_ns if metrics.exists() else None
+    file.write_text(config_yaml(config), encoding="utf-8")
+    try:
+        yield
+    except Exception:
+        if earlier is not None and recorded == (metrics.stat().st_mtime_ns if metrics.exists() else None):
+            file.write_bytes(earlier)
+        raise
 
 
 def is_rank() -> bool:

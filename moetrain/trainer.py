@@ -37,8 +37,17 @@ from moetrain.checkpoint import (
     save_state,
     verify_checksums,
 )
+from moetrain.checkpoint.state import why_incomplete
 from moetrain.config import RunConfig
-from moetrain.create import create_checkpoint
+from moetrain.create import (
+    check_layout,
+    check_loaded,
+    create_checkpoint,
+    find_checkpoint,
+    load_config,
+    load_tokenizer,
+    meta_model,
+)
 from moetrain.data import Data, build_data, check_vocabulary, isolate_documents, training_texts
 from moetrain.guard import Guard, check_writable
 from moetrain.loss import install_loss, without_logits
@@ -236,10 +245,13 @@ class Run:
 
 
 def setup(config: RunConfig) -> Run:
-    """Everything before the first step. Cheap checks come first, so that a mistake costs seconds."""
+    """Everything before the first step. Cheap checks come first, so that a mistake costs seconds, then the data, whose
+    tokens are kept for the next try, then the weights. What an earlier run has left stays untouched."""
     keep_quiet()
     device = start_process_group(config)
     output_dir = Path(config.output_dir)
+    mesh.layout(mesh.world_size(), config.parallel.ep_size, config.parallel.dp_replicate_size)
+    check_resume(config.checkpoint.resume)
     if mesh.rank() == 0:
         output_dir.mkdir(parents=True, exist_ok=True)
         check_writable(output_dir)
@@ -247,15 +259,12 @@ def setup(config: RunConfig) -> Run:
             texts = training_texts(config.data)
             create_checkpoint(Path(config.model.path), config.model.create, texts, config.train.seed)
     barrier()
-    if Path(config.model.path).is_dir():
-        verify_checksums(check_checkpoint(config.model.path))
-    torch.manual_seed(config.train.seed)
-
-    tokenizer = AutoTokenizer.from_pretrained(config.model.path, trust_remote_code=config.model.trust_remote_code)
-    model = build_model(config)
-    check_vocabulary(tokenizer, model.config)
-    if config.data.packing and config.data.document_mask:
-        isolate_documents(model)
+    directory = find_checkpoint(config.model.path)
+    checkpoint = check_checkpoint(directory)
+    model_config = load_config(directory, config.model)
+    tokenizer = load_tokenizer(directory, config.model)
+    check_vocabulary(tokenizer, model_config)
+    check_layout(meta_model(model_config, config.model), mesh.world_size(), config.parallel)
     data = build_data(
         config.data,
         tokenizer,
@@ -265,7 +274,6 @@ def setup(config: RunConfig) -> Run:
         cache_dir=Path(config.data.cache_dir or output_dir / "data"),
         progress=mesh.rank() == 0,
     )
-
     metrics = Metrics(
         config.metrics,
         output_dir,
@@ -273,6 +281,12 @@ def setup(config: RunConfig) -> Run:
         config.train.steps,
         info={"vocab_size": len(tokenizer), "world_size": mesh.world_size(), "data": data.summary},
     )
+
+    verify_checksums(checkpoint)
+    torch.manual_seed(config.train.seed)
+    model = build_model(config, directory)
+    if config.data.packing and config.data.document_mask:
+        isolate_documents(model)
     metrics.say(describe(model, data))
     metrics.say(install_loss(model, config.train.loss))
     metrics.say(set_aux_loss(model, config.balance.aux_loss_coef, config.train.grad_accum))
@@ -317,8 +331,18 @@ def start_process_group(config: RunConfig) -> torch.device:
     return device
 
 
-def build_model(config: RunConfig) -> PreTrainedModel:
-    """The model, sharded over the world, in training mode."""
+def check_resume(choice: str) -> None:
+    """Raise ValueError where `checkpoint.resume` names something else than a complete training checkpoint."""
+    if choice not in ("auto", "never") and (reason := why_incomplete(Path(choice))):
+        raise ValueError(f"checkpoint.resume: {reason}; name another checkpoint, or take auto or never")
+
+
+def build_model(config: RunConfig, directory: Path) -> PreTrainedModel:
+    """The model, sharded over the world, in training mode.
+
+    Raises:
+        ValueError: the checkpoint lacks weights of its own configuration, or the attention is not installed.
+    """
     kwargs: dict[str, Any] = {"dtype": DTYPES[config.model.dtype], "trust_remote_code": config.model.trust_remote_code}
     if config.model.attn_implementation is not None:
         kwargs["attn_implementation"] = config.model.attn_implementation
@@ -329,10 +353,17 @@ def build_model(config: RunConfig) -> PreTrainedModel:
         parallel = config.parallel
         dispatch = ep_implementation(config.model.dispatch)
         kwargs["distributed_config"] = mesh.layout(world, parallel.ep_size, parallel.dp_replicate_size, dispatch)
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(config.model.path, **kwargs)
+    # what does not fit is named below, in place of random weights and a warning
+    kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    try:
+        model, loading = AutoModelForCausalLM.from_pretrained(directory, **kwargs)
+    except ImportError as error:
+        raise ValueError(f"model.attn_implementation={config.model.attn_implementation}: {error}") from error
+    check_loaded(directory, loading)
     if world == 1:
         model.to(mesh.device())
-    return model.train()
+    trained: PreTrainedModel = model.train()
+    return trained
 
 
 def count_labels(batch: dict[str, Tensor]) -> int:
@@ -353,14 +384,16 @@ def barrier() -> None:
 
 
 def describe(model: PreTrainedModel, data: Data) -> str:
-    """The run in two lines."""
+    """The run in two lines, and a third for lines of the data that were left out."""
     config = getattr(model.config, "distributed_config", None)
     ranks = f"{mesh.world_size()} ranks" if mesh.world_size() > 1 else "one process"
     axes = f", ep={config.ep_size} fsdp={config.fsdp_size} replicas={config.dp_replicate_size}" if config else ""
-    train = data.summary["train"]
+    train, skipped = data.summary["train"], data.summary["skipped_lines"]
+    first = next((source["first_skipped"] for source in data.summary["sources"] if source["first_skipped"]), "")
     return (
         f"{type(model).__name__.removeprefix('FSDP')}: {model.num_parameters() / 1e6:.1f} M parameters, {ranks}{axes}\n"
         f"{train['documents']:,} documents, {train['tokens']:,} tokens, {train['rows']:,} rows for training"
+        + (f"\nbad lines skipped: {skipped:,}, the first: {first}" if skipped else "")
     )
 
 

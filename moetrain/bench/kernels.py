@@ -20,11 +20,12 @@ import torch
 
 from moetrain.kernels.activation import Activation, recognise_activation
 from moetrain.kernels.bias import add_row_bias_, expert_sum, row_bias_backward
-from moetrain.kernels.experts import ExpertWeights, expert_weights, experts_forward
+from moetrain.kernels.experts import experts_forward
 from moetrain.kernels.gated import gated_activation, gated_activation_backward
 from moetrain.kernels.grouped import multiply_outer, multiply_rows
 from moetrain.kernels.permute import permute_rows, sum_rows
 from moetrain.kernels.routing import route_sort
+from moetrain.kernels.rows import ExpertWeights, expert_weights
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,8 @@ def graph_milliseconds(fn: Callable[[], Any], calls: int = 10, replays: int = 7)
             fn()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    # NCCL's watchdog asks for events from its own thread, which a capture of all threads would not survive
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         for _ in range(calls):
             fn()
     graph.replay()
@@ -193,9 +195,12 @@ def _bench_parts(name: str, module: torch.nn.Module, limits: dict[str, tuple[flo
 
     def products(part: str, a: torch.Tensor, b: torch.Tensor, inner: int) -> list[Row]:
         """Ours and torch's product: rows [R, K] by weights [E, K, N], or the sum of outer products of two rows."""
-        fn, left = (multiply_outer, a.t()) if b.dim() == 2 else (multiply_rows, a)
+        outer = b.dim() == 2
+        left = a.t() if outer else a
         times = {
-            "grouped": graph_milliseconds(lambda: fn(a, b, offsets)),
+            "grouped": graph_milliseconds(
+                lambda: multiply_outer([(a, b, offsets)]) if outer else multiply_rows(a, b, offsets)
+            ),
             "torch grouped": graph_milliseconds(lambda: torch._grouped_mm(left, b, offs=offsets)),
         }
         flops = 2 * index.numel() * shape.hidden * inner

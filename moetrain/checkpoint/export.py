@@ -26,7 +26,7 @@ from .commit import fsync_file, publish, staged
 from .dropped import Dropped
 from .format import ShardWriter, read_range, tensor_bytes
 from .manifest import Progress, hash_file, write_manifest
-from .plan import Piece, Plan, PlannedFile, RowRange, build_plan, group_conversions, saved_names
+from .plan import Piece, Plan, PlannedFile, RowRange, build_plan, group_conversions, plain_conversions, saved_names
 from .source import INDEX_FILE
 
 MAX_SHARD_BYTES = 5 * 10**9
@@ -116,8 +116,9 @@ def save_hf(
 ) -> None:
     """Write `model` as a Hugging Face checkpoint that plain Transformers loads; collective.
 
-    Names and bytes are those of `save_pretrained` on the unsharded model. The directory appears, or takes the place of
-    an earlier export, when it is complete and on the disk.
+    Names and bytes are those of `save_pretrained` on the unsharded model; one that was loaded from quantised weights is
+    written as the plain model that it is. The directory appears, or takes the place of an earlier export, when it is
+    complete and on the disk.
 
     Args:
         extra: weights that the model does not hold, copied unchanged from their source.
@@ -131,6 +132,10 @@ def save_hf(
     """
     if getattr(model, "_hf_peft_config_loaded", False) or hasattr(model, "peft_config"):
         raise ValueError("the model has adapters; merge them first, or write them alone with save_pretrained")
+    if getattr(model, "hf_quantizer", None) is not None:
+        raise ValueError(
+            "the model's parameters are quantised; load it with dequantize=True in its quantization_config"
+        )
 
     def write_model_files(directory: Path) -> None:
         save_model_files(model, directory, tokenizer)
@@ -165,20 +170,21 @@ def export(
     target = Path(out_dir).absolute()
     meta = weights.meta()
     rows = {name: held for name in meta if (held := weights.rows(name)) is not None}
-    plan = build_plan(group_conversions(model, meta), gather(rows), extra, max_shard_bytes)
-    with together():
-        if extra is not None:
-            extra.check()
-    with staged(target, plan.nbytes) as staging:
-        digests = _write_pieces(model, weights, plan, extra, staging, progress)
+    with plain_conversions(model):
+        plan = build_plan(group_conversions(model, meta), gather(rows), extra, max_shard_bytes)
         with together():
-            if rank() == 0:
-                _check_files(staging, plan.files)
-                write_model_files(staging)
-                if len(plan.files) > 1:
-                    _write_index(staging, plan, model.num_parameters())
-                write_manifest(staging, digests | finish_small_files(staging, digests))
-                publish(staging, target)
+            if extra is not None:
+                extra.check()
+        with staged(target, plan.nbytes) as staging:
+            digests = _write_pieces(model, weights, plan, extra, staging, progress)
+            with together():
+                if rank() == 0:
+                    _check_files(staging, plan.files)
+                    write_model_files(staging)
+                    if len(plan.files) > 1:
+                        _write_index(staging, plan, model.num_parameters())
+                    write_manifest(staging, digests | finish_small_files(staging, digests))
+                    publish(staging, target)
 
 
 def _write_pieces(
@@ -191,21 +197,23 @@ def _write_pieces(
 ) -> dict[str, str]:
     """Go through the pieces with the other ranks and write this rank's; the digests of all files, on every rank.
 
-    A rank whose disk fails goes on with the gathers that the others wait in, and says so at the end.
+    A rank that fails goes on with the gathers that the others wait in, and says so at the end.
     """
     stream = _FileStream(staging, [file for file in plan.files if file.owner == rank()], progress)
-    failure: OSError | None = None
+    failure: Exception | None = None
     for piece in plan.pieces:
         tensors = _read_whole(weights, piece)
         if piece.owner == rank() and failure is None:
             try:
                 for name, blocks in _contents(model, weights, piece, tensors, extra):
                     stream.append(name, blocks)
-            except OSError as error:
+            except Exception as error:
                 failure = error
     with together():
-        if failure is not None:
+        if isinstance(failure, OSError):
             raise OSError(failure.errno, f"cannot write {staging}: {failure.strerror or failure}") from failure
+        if failure is not None:
+            raise failure
     return {name: digest for part in gather(stream.digests) for name, digest in part.items()}
 
 

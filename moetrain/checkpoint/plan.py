@@ -16,7 +16,8 @@ Shape legend: E rows of a stacked parameter (experts), T tensors that one row be
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +26,7 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     Chunk,
+    ConversionOps,
     Interleave,
     PrefixChange,
     SplitModulelist,
@@ -132,10 +134,27 @@ def group_conversions(model: PreTrainedModel, tensors: Mapping[str, torch.Tensor
     return ordered
 
 
+@contextmanager
+def plain_conversions(model: PreTrainedModel) -> Iterator[None]:
+    """While the body runs, the model's conversions are those of an unquantised checkpoint.
+
+    A model that was loaded from quantised weights holds plain ones. Transformers 5.23 would undo the quantiser's part
+    of the conversion, too: it cannot for FP8 experts, and for MXFP4 it gives plain tensors names that no model loads.
+    """
+    used: Any = getattr(model, "_weight_conversions", None)
+    if used is not None:
+        model._weight_conversions = _without_quantiser(model, used)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        if used is not None:
+            model._weight_conversions = used
+
+
 def conversion_record(model: PreTrainedModel) -> list[str] | None:
     """The conversions that loading used, as text; None for a model that was not loaded from a checkpoint."""
     used: Any = getattr(model, "_weight_conversions", None)
-    return None if used is None else [repr(conversion) for conversion in used]
+    return None if used is None else [repr(conversion) for conversion in _without_quantiser(model, used)]
 
 
 def apply_conversion_record(model: PreTrainedModel, record: list[str] | None) -> None:
@@ -173,6 +192,27 @@ def build_plan(
             pieces.append(Piece(_take(loads, range(len(loads)), spec.nbytes), (spec,), copy=info))
     pieces.sort(key=_width, reverse=True)  # stable; wide items first keeps every tensor aligned in its file
     return Plan(tuple(pieces), tuple(_layout(pieces, len(loads), max_shard_bytes)))
+
+
+def _without_quantiser(model: PreTrainedModel, used: list[WeightTransform]) -> list[WeightTransform]:
+    """The conversions of loading, those of a quantiser replaced by the model's own for the same parameters, if any."""
+    if not any(_is_of_quantiser(entry) for entry in used):
+        return used
+    own = get_model_conversion_mapping(model)
+    by_target = {_target(entry): entry for entry in own}
+    known = {repr(entry) for entry in own}
+    replaced = [by_target.get(_target(entry)) if _is_of_quantiser(entry) else entry for entry in used]
+    return [entry for entry in replaced if entry is not None and repr(entry) in known]  # its renamings go, too
+
+
+def _is_of_quantiser(entry: WeightTransform) -> bool:
+    return isinstance(entry, WeightConverter) and any(
+        type(op).__module__ != ConversionOps.__module__ for op in entry.operations
+    )
+
+
+def _target(entry: WeightTransform) -> tuple[Any, ...]:
+    return type(entry), entry.scope_prefix, *entry._original_target_patterns
 
 
 def _reversed_converters(model: PreTrainedModel) -> list[WeightConverter]:

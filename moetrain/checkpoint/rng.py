@@ -10,26 +10,27 @@ import torch
 
 
 def rng_state() -> dict[str, Any]:
-    """States of Python's, NumPy's and torch's global generators, of each visible GPU one."""
+    """States of Python's, NumPy's and torch's global generators; of GPUs the current one's."""
     version, words, gauss = random.getstate()
     name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     return {
         "python": [version, list(words), gauss],
         "numpy": [str(name), np.asarray(keys).tolist(), int(position), int(has_gauss), float(cached)],
         "torch": _to_hex(torch.get_rng_state()),
-        "cuda": [_to_hex(state) for state in torch.cuda.get_rng_state_all()] if torch.cuda.is_available() else [],
+        # not of all GPUs: asking takes 0.5 GB of each, times the ranks of the node
+        "cuda": _to_hex(torch.cuda.get_rng_state()) if torch.cuda.is_available() else None,
     }
 
 
 def set_rng_state(state: dict[str, Any]) -> None:
-    """Restore what `rng_state` returned; the states of GPUs only where there are as many."""
+    """Restore what `rng_state` returned, to the current GPU if both there and here is one."""
     version, words, gauss = state["python"]
     random.setstate((version, tuple(words), gauss))
     name, keys, position, has_gauss, cached = state["numpy"]
     np.random.set_state((name, np.array(keys, dtype=np.uint32), position, has_gauss, cached))
     torch.set_rng_state(_from_hex(state["torch"]))
-    if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all([_from_hex(text) for text in state["cuda"]])
+    if torch.cuda.is_available() and state["cuda"] is not None:
+        torch.cuda.set_rng_state(_from_hex(state["cuda"]))
 
 
 def _to_hex(state: torch.Tensor) -> str:

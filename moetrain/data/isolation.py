@@ -114,7 +114,9 @@ def isolate_documents(model: PreTrainedModel) -> PreTrainedModel:
     a key-value cache. The model is changed in place (hooks and wrapped forwards; no parameters) and returned.
 
     Recurrent layers (Mamba, linear attention, short convolutions) run once per document. Mamba-2 with the packages
-    `mamba_ssm` and `causal_conv1d` runs once, its kernels read `seq_idx`.
+    `mamba_ssm` and `causal_conv1d` runs once, its kernels read `seq_idx`. Under activation checkpointing, families
+    that pass `seq_idx` to their layers but not to these modules (Jamba, Zaya) need the backward of a batch before the
+    forward of the next.
 
     Raises:
         ValueError: the family or its attention implementation cannot do it; see `packing_support`.

@@ -92,8 +92,10 @@ def open_source(
     path = cache_dir / f"{_slug(source)}-{_cache_key(source, config, files, tokenizer)}.tokens"
     if not first and not path.exists():
         time.sleep(1.0)
-    with _lock(path.with_suffix(".lock")):
+    with _lock(path.with_suffix(".lock")) as held:
         if not path.exists():
+            for wreck in path.parent.glob(f".{path.name}.*.partial") if held else ():  # of a process that was killed
+                wreck.unlink()
             tokenize_to_file(source, config, tokenizer, path, progress=progress)
     return [TokenFile(path)]
 
@@ -149,14 +151,14 @@ def tokenize_to_file(
     with (
         TokenWriter(path, vocab_size=num_ids(tokenizer), masked=form.masked) as writer,
         Encoder(tokenizer, form, bad, workers=workers, max_tokens=max_tokens) as encoder,
-        _progress_bar(source, files, progress) as advance,
+        _progress_bar(source, files, writer, progress) as advance,
     ):
         num_records = 0
         for size, documents in encoder.encode(chain([head], records)):
             for number, (ids, loss) in enumerate(documents):
                 writer.add(ids, loss, part=number > 0)
             num_records += 1
-            advance(size, writer)
+            advance(size)
             if max_tokens is not None and writer.num_tokens >= max_tokens:
                 break
         if writer.num_documents == 0:
@@ -175,8 +177,8 @@ def tokenize_to_file(
 
 @contextmanager
 def _progress_bar(
-    source: Source, files: list[InputFile], visible: bool
-) -> Iterator[Callable[[float, TokenWriter], None]]:
+    source: Source, files: list[InputFile], writer: TokenWriter, visible: bool
+) -> Iterator[Callable[[float], None]]:
     """A bar over the bytes of input; yields the function that moves it on."""
     columns = (
         TextColumn("{task.description}"),
@@ -185,19 +187,23 @@ def _progress_bar(
         TextColumn("{task.fields[documents]:,} documents, {task.fields[tokens]:,} tokens"),
         TimeRemainingColumn(),
     )
-    pending = 0.0
+    total = total_bytes(files)
+    shown = done = 0.0
     with Progress(*columns, disable=not visible) as bar:
-        task = bar.add_task(f"tokenising {source.path}", total=total_bytes(files), documents=0, tokens=0)
+        task = bar.add_task(f"tokenising {source.path}", total=total, documents=0, tokens=0)
 
-        def advance(size: float, writer: TokenWriter) -> None:
-            nonlocal pending
-            pending += size
-            if pending >= _BAR_STEP:
-                bar.update(task, advance=pending, documents=writer.num_documents, tokens=writer.num_tokens)
-                pending = 0.0
+        def show(completed: float) -> None:
+            bar.update(task, completed=completed, documents=writer.num_documents, tokens=writer.num_tokens)
+
+        def advance(size: float) -> None:
+            nonlocal shown, done
+            done += size
+            if done - shown >= _BAR_STEP:
+                shown = done
+                show(done)
 
         yield advance
-        bar.update(task, completed=total_bytes(files))
+        show(total)
 
 
 def _nothing(source: Source, files: list[InputFile], bad: BadLines) -> str:
@@ -254,10 +260,10 @@ def _slug(source: Source) -> str:
 
 
 @contextmanager
-def _lock(path: Path) -> Iterator[None]:
+def _lock(path: Path) -> Iterator[bool]:
     """Hold an advisory file lock; the system releases it when the process ends, however it ends.
 
-    On file systems without locks nothing is held: every process then does the work, and the last file stays.
+    On file systems without locks it yields False: every process then does the work, and the last file stays.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as file:
@@ -266,4 +272,6 @@ def _lock(path: Path) -> Iterator[None]:
         except OSError as error:
             if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
                 raise
-        yield
+            yield False
+        else:
+            yield True

@@ -5,7 +5,9 @@ permute.py    permute, unpermute_reduce: tokens to rows, and their sum back
 grouped.py    grouped_mm: products with each expert's weight
 gated.py      activation * routing weight (activation.py: the table of activations)
 bias.py       biases of experts
-experts.py    experts_forward, expert_rows: the layer made of them
+rows.py       the experts' arithmetic made of them
+experts.py    experts_forward, expert_rows: the layer, differentiable
+nvlink.py     Exchange: tokens to other ranks and back
 """
 
 from __future__ import annotations
@@ -17,10 +19,11 @@ import torch
 
 from moetrain.kernels._triton import triton
 from moetrain.kernels.activation import Activation, recognise_activation
-from moetrain.kernels.experts import ExpertWeights, expert_rows, expert_weights, experts_forward
+from moetrain.kernels.experts import expert_rows, experts_forward
 from moetrain.kernels.grouped import grouped_mm
 from moetrain.kernels.permute import permute, unpermute_reduce
 from moetrain.kernels.routing import Routing, route_sort
+from moetrain.kernels.rows import ExpertWeights, expert_weights
 
 __all__ = [
     "KERNELS",

@@ -11,39 +11,16 @@ G width of the up projection (2 I when gated, else I).
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
 
 import torch
 
 from moetrain.kernels.activation import Activation, row_experts
-from moetrain.kernels.bias import add_row_bias_, expert_sum, row_bias_backward
-from moetrain.kernels.gated import gated_activation, gated_activation_backward
-from moetrain.kernels.grouped import grouped_mm, multiply_outer, multiply_rows
+from moetrain.kernels.grouped import grouped_mm
 from moetrain.kernels.permute import permute, permute_rows, sum_rows, unpermute_reduce
 from moetrain.kernels.routing import route_sort
+from moetrain.kernels.rows import Batch, ExpertWeights, backward_parameters, backward_rows, forward_rows
 
 Gate = Activation | Callable[[torch.Tensor], torch.Tensor]
-
-
-class ExpertWeights(NamedTuple):
-    """Parameters of the experts on this rank, in Transformers' layout."""
-
-    up: torch.Tensor
-    """[E, G, H], or [E, H, G] when transposed."""
-    down: torch.Tensor
-    """[E, H, I], or [E, I, H] when transposed."""
-    up_bias: torch.Tensor | None = None
-    """[E, G]"""
-    down_bias: torch.Tensor | None = None
-    """[E, H]"""
-    transposed: bool = False
-
-
-def expert_weights(module: Any) -> ExpertWeights:
-    """Parameters of an experts module of Transformers, as its attributes hold them."""
-    name = "gate_up_proj" if module.has_gate else "up_proj"
-    up_bias, down_bias = (getattr(module, f"{n}_bias") if module.has_bias else None for n in (name, "down_proj"))
-    return ExpertWeights(getattr(module, name), module.down_proj, up_bias, down_bias, module.is_transposed)
 
 
 def experts_forward(
@@ -136,73 +113,6 @@ def _plain_rows(
     return out_RH * weights_R.masked_fill(unused_R1[:, 0], 0.0)[:, None].to(out_RH.dtype)
 
 
-def _forward(
-    rows_RH: torch.Tensor,
-    weights_R: torch.Tensor,
-    offsets_E: torch.Tensor,
-    weights: ExpertWeights,
-    activation: Activation,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows of the result [R, H], and the up projection [R, G] without its bias for the backward."""
-    up, down, up_bias, down_bias, transposed = weights
-    up_RG = multiply_rows(rows_RH, up if transposed else up.transpose(1, 2), offsets_E)
-    act_RI = gated_activation(up_RG, weights_R, offsets_E, up_bias, activation)
-    out_RH = multiply_rows(act_RI, down if transposed else down.transpose(1, 2), offsets_E)
-    if down_bias is not None:
-        add_row_bias_(out_RH, weights_R, offsets_E, down_bias)
-    return out_RH, up_RG
-
-
-class _Gradients(NamedTuple):
-    """Gradients of `_forward`; those that were not asked for are empty."""
-
-    rows_RH: torch.Tensor
-    weights_R: torch.Tensor
-    up: torch.Tensor
-    down: torch.Tensor
-    up_bias: torch.Tensor
-    down_bias: torch.Tensor
-
-
-def _backward(
-    grad_RH: torch.Tensor,
-    rows_RH: Callable[[], torch.Tensor],
-    weights_R: torch.Tensor,
-    offsets_E: torch.Tensor,
-    up_RG: torch.Tensor,
-    weights: ExpertWeights,
-    activation: Activation,
-    needs_rows: bool,
-    needs_parameters: bool,
-) -> _Gradients:
-    """Backward of `_forward`. `rows_RH` is called when its input is needed, after `grad_RH` was last used."""
-    up, down, up_bias, down_bias, transposed = weights
-    grad_rows_RH, grad_up, grad_down, grad_up_bias, grad_down_bias = (grad_RH.new_empty(0) for _ in range(5))
-
-    grad_act_RI = multiply_rows(grad_RH, down.transpose(1, 2) if transposed else down, offsets_E)
-    grad_up_RG, grad_weights_R, act_RI = gated_activation_backward(
-        grad_act_RI, up_RG, weights_R, offsets_E, up_bias, activation
-    )
-    del grad_act_RI
-    if down_bias is not None:
-        grad_weights_R += row_bias_backward(grad_RH, offsets_E, down_bias)
-    if needs_parameters:
-        left, right = (act_RI, grad_RH) if transposed else (grad_RH, act_RI)
-        grad_down = multiply_outer(left, right, offsets_E)
-        if down_bias is not None:
-            grad_down_bias = expert_sum(grad_RH, weights_R, offsets_E)
-        del grad_RH, act_RI, left, right
-        rows = rows_RH()
-        left, right = (rows, grad_up_RG) if transposed else (grad_up_RG, rows)
-        grad_up = multiply_outer(left, right, offsets_E)
-        if up_bias is not None:
-            grad_up_bias = expert_sum(grad_up_RG, None, offsets_E)
-        del rows, left, right
-    if needs_rows:
-        grad_rows_RH = multiply_rows(grad_up_RG, up.transpose(1, 2) if transposed else up, offsets_E)
-    return _Gradients(grad_rows_RH, grad_weights_R, grad_up, grad_down, grad_up_bias, grad_down_bias)
-
-
 @torch.library.custom_op("moetrain::experts", mutates_args=())
 def _experts_op(
     x_TH: torch.Tensor,
@@ -218,7 +128,7 @@ def _experts_op(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     weights = ExpertWeights(up, down, up_bias, down_bias, transposed)
     rows_RH, weights_R = permute_rows(x_TH, weights_TK, row_TK, row_TK.numel())
-    out_RH, up_RG = _forward(rows_RH, weights_R, offsets_E, weights, Activation.parse(activation))
+    out_RH, up_RG = forward_rows(rows_RH, weights_R, offsets_E, weights, Activation.parse(activation))
     return sum_rows(out_RH, None, row_TK)[0], up_RG
 
 
@@ -241,19 +151,16 @@ def _experts_backward_op(
 ) -> list[torch.Tensor]:
     weights = ExpertWeights(up, down, up_bias, down_bias, transposed)
     grad_RH, weights_R = permute_rows(grad_TH, weights_TK, row_TK, row_TK.numel())
-    gradients = _backward(
-        grad_RH,
-        lambda: permute_rows(x_TH, None, row_TK, row_TK.numel())[0],
-        weights_R,
-        offsets_E,
-        up_RG,
-        weights,
-        Activation.parse(activation),
-        needs_x,
-        needs_parameters,
-    )
-    grad_x_TH, grad_weights_TK = sum_rows(gradients.rows_RH, gradients.weights_R, row_TK)
-    return [grad_x_TH, grad_weights_TK.to(weights_TK.dtype), *gradients[2:]]
+    gradients = backward_rows(grad_RH, up_RG, weights_R, offsets_E, weights, Activation.parse(activation), needs_x)
+    # without the tokens' gradient any rows will do to bring the weights' back in the order of slots
+    grad_rows_RH = grad_RH if gradients.rows_RH is None else gradients.rows_RH
+    grad_x_TH, grad_weights_TK = sum_rows(grad_rows_RH, gradients.weights_R, row_TK)
+    parameters: list[torch.Tensor | None] = [None] * 4
+    if needs_parameters:
+        rows_RH = permute_rows(x_TH, None, row_TK, row_TK.numel())[0]
+        parameters = backward_parameters([Batch(rows_RH, weights_R, offsets_E, grad_RH, gradients)], weights)
+    grad_weights_TK = grad_weights_TK.to(weights_TK.dtype)
+    return _or_empty([grad_x_TH if needs_x else None, grad_weights_TK, *parameters], grad_TH)
 
 
 @torch.library.custom_op("moetrain::expert_rows", mutates_args=())
@@ -269,7 +176,7 @@ def _rows_op(
     activation: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     weights = ExpertWeights(up, down, up_bias, down_bias, transposed)
-    return _forward(rows_RH, weights_R, offsets_E, weights, Activation.parse(activation))
+    return forward_rows(rows_RH, weights_R, offsets_E, weights, Activation.parse(activation))
 
 
 @torch.library.custom_op("moetrain::expert_rows_backward", mutates_args=())
@@ -289,18 +196,17 @@ def _rows_backward_op(
     needs_parameters: bool,
 ) -> list[torch.Tensor]:
     weights = ExpertWeights(up, down, up_bias, down_bias, transposed)
-    gradients = _backward(
-        grad_RH.contiguous(),
-        lambda: rows_RH,
-        weights_R,
-        offsets_E,
-        up_RG,
-        weights,
-        Activation.parse(activation),
-        needs_rows,
-        needs_parameters,
-    )
-    return [gradients[0], gradients.weights_R.to(weights_R.dtype), *gradients[2:]]
+    grad_RH = grad_RH.contiguous()
+    gradients = backward_rows(grad_RH, up_RG, weights_R, offsets_E, weights, Activation.parse(activation), needs_rows)
+    parameters: list[torch.Tensor | None] = [None] * 4
+    if needs_parameters:
+        parameters = backward_parameters([Batch(rows_RH, weights_R, offsets_E, grad_RH, gradients)], weights)
+    return _or_empty([gradients.rows_RH, gradients.weights_R.to(weights_R.dtype), *parameters], grad_RH)
+
+
+def _or_empty(gradients: list[torch.Tensor | None], like: torch.Tensor) -> list[torch.Tensor]:
+    """An operator cannot return None: an empty tensor stands for a gradient that was not asked for."""
+    return [like.new_empty(0) if gradient is None else gradient for gradient in gradients]
 
 
 @_experts_op.register_fake

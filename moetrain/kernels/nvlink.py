@@ -19,8 +19,9 @@ from moetrain.kernels._triton import cdiv, jit, next_power_of_2, tl
 from moetrain.kernels.permute import permute_rows
 from moetrain.kernels.routing import Routing, route_sort
 
-PROGRAMS = 132
-"""Programs that push: one a multiprocessor of a Hopper GPU."""
+TOKEN_PROGRAMS, SUM_PROGRAMS = 132, 264
+"""Programs that push tokens and sums. Of 32 to 2,112 all from 64 and 132 on are within 5 % (8 H200): the links are the
+limit, and fewer programs leave more of the GPU to others."""
 
 
 class Peers(NamedTuple):
@@ -74,7 +75,21 @@ class Exchange:
     def dispatch(
         self, x_TH: torch.Tensor, index_TK: torch.Tensor, weights_TK: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, Routing]:
-        """Rows [R, H] for this rank's experts, their routing weights [R], and where each came from (slots of S * K)."""
+        """Rows [R, H] for this rank's experts, their routing weights [R] in fp32, and where each came from (slots of
+        S * K). Differentiable."""
+        rows_RH, weights_R, *routing = _Dispatch.apply(x_TH, weights_TK, index_TK, self)
+        return rows_RH, weights_R, Routing(*routing)
+
+    def combine(self, rows_RH: torch.Tensor, index_TK: torch.Tensor, routing: Routing) -> torch.Tensor:
+        """Sum of each token's rows over all ranks [T, H]: in fp32 on each rank, rounded, and again in fp32.
+        Differentiable."""
+        out_TH: torch.Tensor = _Combine.apply(rows_RH, index_TK, routing.row_TK, self)
+        return out_TH
+
+    def send_tokens(
+        self, x_TH: torch.Tensor, index_TK: torch.Tensor, weights_TK: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, Routing]:
+        """`dispatch` without autograd."""
         self._before("sent")
         index_TK = index_TK.to(torch.int32)
         push_choices(index_TK, weights_TK.float(), self.choices.table, self.weights.table, self.rank)
@@ -85,33 +100,23 @@ class Exchange:
         rows_RH, weights_R = permute_rows(self.sent.local, self.weights.local, routing.row_TK, self.capacity)
         return rows_RH, weights_R, routing
 
-    def combine(self, rows_RH: torch.Tensor, index_TK: torch.Tensor, routing: Routing) -> torch.Tensor:
-        """Sum of each token's rows over all ranks [T, H]: in fp32 on each rank, rounded, and again in fp32."""
-        return self._return(rows_RH, None, index_TK, routing)[0]
-
-    def combine_backward(self, grad_TH: torch.Tensor, index_TK: torch.Tensor, routing: Routing) -> torch.Tensor:
+    def send_gradients(self, grad_TH: torch.Tensor, index_TK: torch.Tensor, row_SK: torch.Tensor) -> torch.Tensor:
         """Gradient of `combine`'s rows: the output's gradient travels as the tokens did."""
         self._before("sent")
         push_tokens(grad_TH, index_TK.to(torch.int32), self.sent.table, self.rank, self.num_local_experts)
         self._handle.barrier(0)
-        return permute_rows(self.sent.local, None, routing.row_TK, self.capacity)[0]
+        return permute_rows(self.sent.local, None, row_SK, self.capacity)[0]
 
-    def dispatch_backward(
-        self, grad_RH: torch.Tensor, grad_weights_R: torch.Tensor, index_TK: torch.Tensor, routing: Routing
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Gradients of `dispatch`'s x [T, H] and weights [T, K]: they travel as the results do."""
-        grad_x_TH, grad_weights_TK = self._return(grad_RH, grad_weights_R, index_TK, routing)
-        assert grad_weights_TK is not None
-        return grad_x_TH, grad_weights_TK
-
-    def _return(
-        self, rows_RH: torch.Tensor, weights_R: torch.Tensor | None, index_TK: torch.Tensor, routing: Routing
+    def send_sums(
+        self, rows_RH: torch.Tensor, weights_R: torch.Tensor | None, index_TK: torch.Tensor, row_SK: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """`combine` without autograd; with the gradients of the rows and of their weights, `dispatch`'s backward:
+        gradients of x [T, H] and of the weights [T, K]."""
         self._before("returned")
         push_sums(
             rows_RH,
             weights_R,
-            routing.row_TK,
+            row_SK,
             self.returned.table,
             self.weight_grads.table,
             self.rank,
@@ -134,6 +139,35 @@ class Exchange:
         self._busy = buffer
 
 
+class _Dispatch(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x_TH, weights_TK, index_TK, exchange):  # type: ignore[no-untyped-def]
+        rows_RH, weights_R, routing = exchange.send_tokens(x_TH, index_TK, weights_TK)
+        ctx.exchange, ctx.weights_dtype = exchange, weights_TK.dtype
+        ctx.save_for_backward(index_TK, routing.row_TK)
+        ctx.mark_non_differentiable(*routing)
+        return rows_RH, weights_R, *routing
+
+    @staticmethod
+    def backward(ctx, grad_RH, grad_weights_R, *_):  # type: ignore[no-untyped-def]
+        index_TK, row_SK = ctx.saved_tensors
+        grad_x_TH, grad_weights_TK = ctx.exchange.send_sums(grad_RH, grad_weights_R, index_TK, row_SK)
+        return grad_x_TH, grad_weights_TK.to(ctx.weights_dtype), None, None
+
+
+class _Combine(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, rows_RH, index_TK, row_SK, exchange):  # type: ignore[no-untyped-def]
+        ctx.exchange = exchange
+        ctx.save_for_backward(index_TK, row_SK)
+        return exchange.send_sums(rows_RH, None, index_TK, row_SK)[0]
+
+    @staticmethod
+    def backward(ctx, grad_TH):  # type: ignore[no-untyped-def]
+        index_TK, row_SK = ctx.saved_tensors
+        return ctx.exchange.send_gradients(grad_TH, index_TK, row_SK), None, None, None
+
+
 def _rendezvous(num_bytes: int, device: torch.device, group: dist.ProcessGroup) -> tuple[torch.Tensor, Any]:
     from torch.distributed import _symmetric_memory as symmetric_memory
 
@@ -154,7 +188,7 @@ def push_choices(
 def push_tokens(x_TH: torch.Tensor, index_TK: torch.Tensor, sent: torch.Tensor, rank: int, local_experts: int) -> None:
     """Write each token into [rank, token] of every rank that holds one of its experts."""
     tokens, hidden = x_TH.shape
-    _push_tokens[(min(PROGRAMS, tokens),)](
+    _push_tokens[(min(TOKEN_PROGRAMS, tokens),)](
         x_TH.contiguous(),
         index_TK,
         sent,
@@ -163,8 +197,10 @@ def push_tokens(x_TH: torch.Tensor, index_TK: torch.Tensor, sent: torch.Tensor, 
         hidden,
         local_experts,
         TOP_K=index_TK.shape[1],
+        PAD_K=next_power_of_2(index_TK.shape[1]),
         WORLD=sent.numel(),
-        PROGRAMS=min(PROGRAMS, tokens),
+        PROGRAMS=min(TOKEN_PROGRAMS, tokens),
+        TILE_T=2,
         BLOCK=next_power_of_2(hidden),
         num_warps=8,
     )
@@ -183,7 +219,7 @@ def push_sums(
     `weights_R`, those of its rows into [this rank, token, k]."""
     hidden = rows_RH.shape[1]
     everyone, top_k = row_SK.shape
-    _push_sums[(min(PROGRAMS, everyone),)](
+    _push_sums[(min(SUM_PROGRAMS, everyone),)](
         rows_RH.contiguous(),
         weights_R,
         row_SK,
@@ -194,7 +230,7 @@ def push_sums(
         hidden,
         TOP_K=top_k,
         WORLD=world,
-        PROGRAMS=min(PROGRAMS, everyone),
+        PROGRAMS=min(SUM_PROGRAMS, everyone),
         BLOCK=next_power_of_2(hidden),
         num_warps=8,
     )
@@ -207,8 +243,8 @@ def sum_partials(
     local_experts: int,
     world: int,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Sum over the ranks of each token's experts [T, H] in fp32, in the order of ranks; with `weights_SK`, the weight of
-    each choice from its expert's rank [T, K]."""
+    """Sum over the ranks of each token's experts [T, H] in fp32, in the order of ranks; with `weights_SK`, the weight
+    of each choice from its expert's rank [T, K]."""
     tokens, top_k = index_TK.shape
     hidden = returned_SH.shape[1]
     out_TH = returned_SH.new_empty(tokens, hidden)
@@ -267,20 +303,53 @@ def _push_tokens(  # type: ignore[no-untyped-def]
     hidden,
     local_experts,
     TOP_K: tl.constexpr,
+    PAD_K: tl.constexpr,
+    WORLD: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+    TILE_T: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    k_1K = tl.arange(0, PAD_K)[None, :]
+    h_1H = tl.arange(0, BLOCK)[None, :]
+    stride = tl.cast(hidden, tl.int64)
+    for start in range(tl.program_id(0) * TILE_T, tokens, PROGRAMS * TILE_T):
+        token_T1 = (start + tl.arange(0, TILE_T))[:, None]
+        expert_TK = tl.load(index_TK + token_T1 * TOP_K + k_1K, mask=(token_T1 < tokens) & (k_1K < TOP_K), other=-1)
+        rank_TK = tl.where((expert_TK >= 0) & (expert_TK < WORLD * local_experts), expert_TK // local_experts, -1)
+        x = tl.load(x_TH + token_T1 * stride + h_1H, mask=(token_T1 < tokens) & (h_1H < hidden))
+        for step in tl.static_range(WORLD):
+            peer = (rank + step) % WORLD  # each rank begins with itself, so no rank is everyone's target at once
+            here_T1 = (tl.max((rank_TK == peer).to(tl.int32), 1) > 0)[:, None]
+            at_T1 = (rank * tokens + token_T1) * stride
+            tl.store(_peer(sent, peer, x_TH) + at_T1 + h_1H, x, mask=here_T1 & (h_1H < hidden))
+
+
+@jit
+def _push_rows(  # type: ignore[no-untyped-def]
+    sums_SH,
+    row_SK,
+    returned,
+    rank,
+    tokens,
+    hidden,
+    TOP_K: tl.constexpr,
+    PAD_K: tl.constexpr,
     WORLD: tl.constexpr,
     PROGRAMS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    h = tl.arange(0, BLOCK)
+    """One token number of all ranks at a time: as many rows in flight as there are ranks."""
+    k_1K = tl.arange(0, PAD_K)[None, :]
+    h_1H = tl.arange(0, BLOCK)[None, :]
+    source_W = (rank + tl.arange(0, WORLD)) % WORLD
+    to_W1 = _peer(returned, source_W, sums_SH)[:, None]
     stride = tl.cast(hidden, tl.int64)
     for token in range(tl.program_id(0), tokens, PROGRAMS):
-        x_H = tl.load(x_TH + token * stride + h, mask=h < hidden)
-        ranks = _ranks_of(index_TK, token, local_experts, TOP_K, WORLD)
-        for step in tl.static_range(WORLD):
-            peer = (rank + step) % WORLD  # each rank begins with itself, so no rank is everyone's target at once
-            if (ranks >> peer) & 1:
-                at = (rank * tokens + token) * stride
-                tl.store(_peer(sent, peer, x_TH) + at + h, x_H, mask=h < hidden)
+        from_W1 = (source_W * tokens + token)[:, None]
+        row_WK = tl.load(row_SK + from_W1 * TOP_K + k_1K, mask=k_1K < TOP_K, other=-1)
+        mask_WH = (tl.max(row_WK, 1) >= 0)[:, None] & (h_1H < hidden)
+        sums = tl.load(sums_SH + from_W1 * stride + h_1H, mask=mask_WH)
+        tl.store(to_W1 + (rank * tokens + token) * stride + h_1H, sums, mask=mask_WH)
 
 
 @jit
@@ -348,6 +417,6 @@ def _sum_partials(  # type: ignore[no-untyped-def]
             for k in tl.static_range(TOP_K):
                 expert = tl.load(index_TK + token * TOP_K + k)
                 here = (expert >= 0) & (expert < WORLD * local_experts)
-                peer = tl.where(here, expert, 0) // local_experts
-                weight = tl.load(weights_SK + (peer * tokens + token) * TOP_K + k, mask=here, other=0.0)
+                owner = tl.where(here, expert, 0) // local_experts
+                weight = tl.load(weights_SK + (owner * tokens + token) * TOP_K + k, mask=here, other=0.0)
                 tl.store(weights_TK + token * TOP_K + k, weight)

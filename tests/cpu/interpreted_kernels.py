@@ -8,7 +8,9 @@ import pytest
 import torch
 from triton.runtime import interpreter
 
-from moetrain.kernels import experts
+from moetrain.kernels import experts, nvlink
+from moetrain.kernels.permute import permute_rows
+from moetrain.kernels.routing import route_sort
 from tests import kernel_cases as cases
 
 
@@ -74,3 +76,42 @@ def test_layer(name: str, kind: str, bias: bool, transposed: bool) -> None:
         "cpu",
         lambda leaves, index, weights, act: experts.experts_forward(leaves[0], index, leaves[1], weights, act),
     )
+
+
+def test_nvlink_exchange(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four ranks in turn, each with the addresses of all four ranks' buffers: rows, sums and weights there and back."""
+    world, tokens, hidden, top_k, local = 4, 6, 40, 3, 2
+    monkeypatch.setattr(nvlink, "TOKEN_PROGRAMS", 3)
+    monkeypatch.setattr(nvlink, "SUM_PROGRAMS", 5)
+    shapes = {"sent": (hidden, torch.float32), "returned": (hidden, torch.float32), "choices": (top_k, torch.int32)}
+    shapes |= {"weights": (top_k, torch.float32), "weight_grads": (top_k, torch.float32)}
+    poison = {torch.float32: torch.nan, torch.int32: -1}
+    buffers = {
+        name: [torch.full((world * tokens, width), poison[dtype], dtype=dtype) for _ in range(world)]
+        for name, (width, dtype) in shapes.items()
+    }
+    tables = {name: torch.tensor([buffer.data_ptr() for buffer in all_]) for name, all_ in buffers.items()}
+    x = [torch.randn(tokens, hidden) for _ in range(world)]
+    index = [torch.rand(tokens, world * local + 1).argsort(1)[:, :top_k].int() for _ in range(world)]
+    weights = [torch.rand(tokens, top_k) for _ in range(world)]
+    here = [ids < world * local for ids in index]
+
+    for rank in range(world):
+        nvlink.push_choices(index[rank], weights[rank], tables["choices"], tables["weights"], rank)
+        nvlink.push_tokens(x[rank], index[rank], tables["sent"], rank, local)
+    for rank in range(world):
+        routing = route_sort(buffers["choices"][rank], local, 50, rank * local)
+        sent, sent_weights = buffers["sent"][rank], buffers["weights"][rank]
+        rows, row_weights = permute_rows(sent, sent_weights, routing.row_TK, 50)
+        cases.poison(rows, row_weights, used=int(routing.offsets_E[-1]))
+        rows = rows * row_weights[:, None]
+        arguments = (routing.row_TK, tables["returned"], tables["weight_grads"], rank, world)
+        nvlink.push_sums(rows, row_weights, *arguments)
+    for rank in range(world):
+        out, out_weights = nvlink.sum_partials(
+            buffers["returned"][rank], buffers["weight_grads"][rank], index[rank], local, world
+        )
+        expected = weights[rank] * here[rank]
+        assert cases.relative_error(out, x[rank] * expected.sum(1, keepdim=True)) < 1e-6
+        assert out_weights is not None
+        assert torch.equal(out_weights, expected)

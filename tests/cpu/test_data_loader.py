@@ -138,6 +138,7 @@ def test_validation_is_the_same_for_any_number_of_ranks(config: dict[str, Any], 
     for count in (1, 5, whole.num_rows, whole.num_rows + 100):
         parts = [list(data(config, tmp_path, rank=r, ranks=ranks).validation.rows(count)) for r in range(ranks)]
         assert len({len(part) for part in parts}) == 1
+        assert all(batch["labels"].shape == (2, 64) for part in parts for batch in part)
         real = [
             tuple(ids.tolist())
             for step in zip(*parts, strict=True)
@@ -147,6 +148,17 @@ def test_validation_is_the_same_for_any_number_of_ranks(config: dict[str, Any], 
         ]
         assert real == expected[:count]
     assert rows_of(list(whole.rows(5))) == rows_of(list(whole.rows(5)))
+
+
+def test_validation_goes_through_all_sources(tmp_path: Path) -> None:
+    for name, count in (("a", 3), ("b", 40)):
+        write_jsonl(tmp_path / f"{name}.jsonl", [{"text": f"{name * 3} {i} " + "the fox " * 8} for i in range(count)])
+    held_out = [{"path": str(tmp_path / f"{name}.jsonl"), "weight": w} for name, w in (("a", 3), ("b", 1))]
+    options = {"train": [{"path": str(tmp_path / "b.jsonl")}], "validation": held_out, "seq_len": 32, "batch_size": 1}
+    validation = data(options, tmp_path).validation
+    assert len(set(rows_of(list(validation.rows(1000))))) == validation.num_rows == 43
+    first = [make_tokenizer().decode(row)[0] for row in rows_of(list(validation.rows(4)))]
+    assert Counter(first) == {"a": 3, "b": 1}
 
 
 def documents_in(batches: list[Batch]) -> set[tuple[int, ...]]:

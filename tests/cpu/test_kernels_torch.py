@@ -9,9 +9,10 @@ from torch import nn
 from moetrain.kernels import activation as activation_module
 from moetrain.kernels import select_backend
 from moetrain.kernels.activation import Activation, recognise_activation
-from moetrain.kernels.experts import ExpertWeights, _experts_op, _rows_op, expert_rows, experts_forward
+from moetrain.kernels.experts import _experts_op, _rows_op, expert_rows, experts_forward
 from moetrain.kernels.permute import _permute_op, _unpermute_reduce_op, permute, unpermute_reduce
 from moetrain.kernels.routing import _route_sort_op, route_sort
+from moetrain.kernels.rows import ExpertWeights
 from tests import kernel_cases as cases
 
 
@@ -79,6 +80,16 @@ def test_frozen_parameters_get_no_gradient() -> None:
     frozen = [*leaves[:2], *(leaf.detach() for leaf in leaves[2:])]
     out = tokens_layer(frozen, index, weights(frozen), Activation("silu"))
     assert all(torch.equal(a, b) for a, b in zip(torch.autograd.grad(out, leaves[:2], grad), expected, strict=True))
+
+
+@pytest.mark.parametrize("layer", [tokens_layer, rows_layer])
+def test_input_without_gradient(layer: cases.Layer) -> None:
+    """The first trained layer behind frozen ones: only the weights need gradients."""
+    leaves, index, grad, weights = cases.layer_case("silu", "random", False, False, torch.float32, "cpu")
+    expected = torch.autograd.grad(layer(leaves, index, weights(leaves), Activation("silu")), leaves[1:], grad)
+    fixed = [leaves[0].detach(), *leaves[1:]]
+    out = layer(fixed, index, weights(fixed), Activation("silu"))
+    assert all(torch.equal(a, b) for a, b in zip(torch.autograd.grad(out, fixed[1:], grad), expected, strict=True))
 
 
 def test_operators_are_registered_right() -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from moetrain.checkpoint import (
     check_checkpoint,
@@ -24,7 +24,7 @@ from moetrain.checkpoint import (
     save_state,
     verify_checksums,
 )
-from tests.families import build
+from tests.families import tiny
 
 Patches = list[tuple[Any, str, Callable[..., Any]]]
 
@@ -74,14 +74,21 @@ def _counted(original: Callable[..., Any], left: list[int]) -> Callable[..., Any
     return call
 
 
+def small(seed: int) -> PreTrainedModel:
+    """A model of few tensors, as each of them is a call to be killed before."""
+    torch.manual_seed(seed)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(tiny("mixtral", num_hidden_layers=1, num_local_experts=4))
+    return model
+
+
 NO_EXCHANGE: Patches = [(commit, "_exchange", lambda a, b: False)]
 
 
 @pytest.mark.parametrize("patches", [[], NO_EXCHANGE], ids=["swap", "two_renames"])
 def test_kills_while_an_export_is_replaced(tmp_path: Path, patches: Patches) -> None:
-    old, new = build("mixtral", seed=1), build("mixtral", seed=2)
-    save_hf(old, tmp_path / "old", max_shard_bytes=60_000)
-    save_hf(new, tmp_path / "new", max_shard_bytes=60_000)
+    old, new = small(seed=1), small(seed=2)
+    save_hf(old, tmp_path / "old", max_shard_bytes=40_000)
+    save_hf(new, tmp_path / "new", max_shard_bytes=40_000)
     sums = {name: (tmp_path / name / "SHA256SUMS").read_text() for name in ("old", "new")}
     out = tmp_path / "place" / "out"
     seen = {"old": 0, "new": 0, "between": 0}
@@ -90,7 +97,7 @@ def test_kills_while_an_export_is_replaced(tmp_path: Path, patches: Patches) -> 
         shutil.rmtree(tmp_path / "place", ignore_errors=True)
         shutil.copytree(tmp_path / "old", out)
         (out / "README.md").write_text("mine")
-        killed = killed_before(call, lambda: save_hf(new, out, max_shard_bytes=60_000), patches)
+        killed = killed_before(call, lambda: save_hf(new, out, max_shard_bytes=40_000), patches)
         if out.exists():
             state = next(name for name, text in sums.items() if (out / "SHA256SUMS").read_text() == text)
             verify_checksums(check_checkpoint(out))
@@ -98,7 +105,7 @@ def test_kills_while_an_export_is_replaced(tmp_path: Path, patches: Patches) -> 
             state = "between"
             assert (out.with_name("out.replaced") / "SHA256SUMS").read_text() == sums["old"]
         seen[state] += 1
-        save_hf(new, out, max_shard_bytes=60_000)
+        save_hf(new, out, max_shard_bytes=40_000)
         assert (out / "SHA256SUMS").read_text() == sums["new"]
         assert (out / "README.md").read_text() == "mine"
         assert [path.name for path in out.parent.iterdir()] == ["out"]
@@ -110,7 +117,7 @@ def test_kills_while_an_export_is_replaced(tmp_path: Path, patches: Patches) -> 
 
 
 def test_kills_while_a_first_export_is_written(tmp_path: Path) -> None:
-    model = build("mixtral")
+    model = small(seed=0)
     out = tmp_path / "place" / "out"
     call = 0
     while killed_before(call, lambda: save_hf(model, out), []):
@@ -124,7 +131,7 @@ def test_kills_while_a_first_export_is_written(tmp_path: Path) -> None:
 
 @pytest.fixture
 def run() -> tuple[PreTrainedModel, torch.optim.Optimizer]:
-    model = build("mixtral")
+    model = small(seed=0)
     optimizer = torch.optim.AdamW(model.parameters())
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
@@ -154,7 +161,7 @@ def test_kills_while_a_training_checkpoint_is_written(tmp_path: Path, run: Any) 
         latest = find_latest(root)
         assert latest is not None
         found[latest.name] += 1
-        reader = build("mixtral", seed=5)
+        reader = small(seed=5)
         state = load_state(latest, model=reader, optimizer=torch.optim.AdamW(reader.parameters()))
         assert f"step-{state.step:08d}" == latest.name and weight_sum(reader) == sums[latest.name]
         prune(root, keep=5)
@@ -175,7 +182,7 @@ def test_kills_while_checkpoints_are_pruned(tmp_path: Path, run: Any) -> None:
         killed = killed_before(call, lambda: prune(root, keep=1), [])
         assert find_latest(root) == root / "step-00000003"
         for path in root.glob("step-????????"):  # what still has its name is whole
-            reader = build("mixtral", seed=5)
+            reader = small(seed=5)
             load_state(path, model=reader, optimizer=torch.optim.AdamW(reader.parameters()))
         prune(root, keep=1)
         assert [path.name for path in root.iterdir()] == ["step-00000003"]

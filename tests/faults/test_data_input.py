@@ -188,7 +188,9 @@ def test_of_many_processes_one_tokenises_and_a_killed_one_is_replaced(tmp_path: 
     write_jsonl(tmp_path / "a.jsonl", ROWS)
     (tmp_path / "log").touch()
     context = multiprocessing.get_context("fork")
-    first, *others = [context.Process(target=open_and_count, args=(tmp_path, slow)) for slow in (600.0, 0.0, 0.0, 0.0)]
+    first, *others = [
+        context.Process(target=open_and_count, args=(tmp_path, slow), daemon=True) for slow in (600.0, 0.0, 0.0, 0.0)
+    ]
     first.start()
     deadline = time.monotonic() + 60
     while not (tmp_path / "log").read_text() and time.monotonic() < deadline:

@@ -13,9 +13,10 @@ import pytest
 import torch
 
 from moetrain.kernels.activation import Activation
-from moetrain.kernels.experts import ExpertWeights, expert_rows, experts_forward
+from moetrain.kernels.experts import expert_rows, experts_forward
 from moetrain.kernels.permute import permute, unpermute_reduce
 from moetrain.kernels.routing import route_sort
+from moetrain.kernels.rows import ExpertWeights
 from tests import kernel_cases as cases
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -1,0 +1,119 @@
+"""The experts' arithmetic on rows in expert order, forward and backward, without autograd.
+
+Shapes: R rows, E experts on this rank, H hidden, I intermediate, G width of the up projection (2 I when gated, else I).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from moetrain.kernels.activation import Activation
+from moetrain.kernels.bias import add_row_bias_, expert_sum, row_bias_backward
+from moetrain.kernels.gated import gated_activation, gated_activation_backward
+from moetrain.kernels.grouped import multiply_outer, multiply_rows
+
+
+class ExpertWeights(NamedTuple):
+    """Parameters of the experts on this rank, in Transformers' layout."""
+
+    up: torch.Tensor
+    """[E, G, H], or [E, H, G] when transposed."""
+    down: torch.Tensor
+    """[E, H, I], or [E, I, H] when transposed."""
+    up_bias: torch.Tensor | None = None
+    """[E, G]"""
+    down_bias: torch.Tensor | None = None
+    """[E, H]"""
+    transposed: bool = False
+
+
+def expert_weights(module: Any) -> ExpertWeights:
+    """Parameters of an experts module of Transformers, as its attributes hold them."""
+    name = "gate_up_proj" if module.has_gate else "up_proj"
+    up_bias, down_bias = (getattr(module, f"{n}_bias") if module.has_bias else None for n in (name, "down_proj"))
+    return ExpertWeights(getattr(module, name), module.down_proj, up_bias, down_bias, module.is_transposed)
+
+
+def forward_rows(
+    rows_RH: torch.Tensor,
+    weights_R: torch.Tensor,
+    offsets_E: torch.Tensor,
+    weights: ExpertWeights,
+    activation: Activation,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows of the result [R, H], and the up projection [R, G] without its bias, which the backward needs."""
+    up, down, up_bias, down_bias, transposed = weights
+    up_RG = multiply_rows(rows_RH, up if transposed else up.transpose(1, 2), offsets_E)
+    act_RI = gated_activation(up_RG, weights_R, offsets_E, up_bias, activation)
+    out_RH = multiply_rows(act_RI, down if transposed else down.transpose(1, 2), offsets_E)
+    if down_bias is not None:
+        add_row_bias_(out_RH, weights_R, offsets_E, down_bias)
+    return out_RH, up_RG
+
+
+class RowGradients(NamedTuple):
+    """What `backward_rows` computes."""
+
+    rows_RH: torch.Tensor | None
+    """Gradient of the rows, where asked for."""
+    weights_R: torch.Tensor
+    """Gradient of the routing weights, fp32."""
+    up_RG: torch.Tensor
+    """Gradient of the up projection's output."""
+    act_RI: torch.Tensor
+    """The activation times the routing weight, again."""
+
+
+def backward_rows(
+    grad_RH: torch.Tensor,
+    up_RG: torch.Tensor,
+    weights_R: torch.Tensor,
+    offsets_E: torch.Tensor,
+    weights: ExpertWeights,
+    activation: Activation,
+    needs_rows: bool = True,
+) -> RowGradients:
+    """The backward of `forward_rows` up to its rows; the parameters' follows in `backward_parameters`."""
+    up, down, up_bias, down_bias, transposed = weights
+    grad_act_RI = multiply_rows(grad_RH, down.transpose(1, 2) if transposed else down, offsets_E)
+    grad_up_RG, grad_weights_R, act_RI = gated_activation_backward(
+        grad_act_RI, up_RG, weights_R, offsets_E, up_bias, activation
+    )
+    if down_bias is not None:
+        grad_weights_R += row_bias_backward(grad_RH, offsets_E, down_bias)
+    grad_rows_RH = None
+    if needs_rows:
+        grad_rows_RH = multiply_rows(grad_up_RG, up.transpose(1, 2) if transposed else up, offsets_E)
+    return RowGradients(grad_rows_RH, grad_weights_R, grad_up_RG, act_RI)
+
+
+class Batch(NamedTuple):
+    """One batch of rows and what `backward_rows` made of it."""
+
+    rows_RH: torch.Tensor
+    weights_R: torch.Tensor
+    offsets_E: torch.Tensor
+    grad_RH: torch.Tensor
+    gradients: RowGradients
+
+
+def backward_parameters(batches: Sequence[Batch], weights: ExpertWeights) -> list[torch.Tensor | None]:
+    """Gradients of up, down, up_bias and down_bias (None without biases) over one or two batches of rows."""
+    ups, downs = [], []
+    for rows_RH, _, offsets_E, grad_RH, gradients in batches:
+        up_pair, down_pair = (gradients.up_RG, rows_RH), (grad_RH, gradients.act_RI)
+        ups.append((*(up_pair[::-1] if weights.transposed else up_pair), offsets_E))
+        downs.append((*(down_pair[::-1] if weights.transposed else down_pair), offsets_E))
+    up_bias = down_bias = None
+    if weights.up_bias is not None:
+        up_bias = _total([expert_sum(b.gradients.up_RG, None, b.offsets_E) for b in batches])
+    if weights.down_bias is not None:
+        down_bias = _total([expert_sum(b.grad_RH, b.weights_R, b.offsets_E) for b in batches])
+    return [multiply_outer(ups), multiply_outer(downs), up_bias, down_bias]
+
+
+def _total(tensors: list[torch.Tensor]) -> torch.Tensor:
+    return tensors[0] if len(tensors) == 1 else tensors[0] + tensors[1]
