@@ -18,8 +18,10 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub.serialization._base import parse_size_to_int
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.distributed import DistributedConfig
+from transformers.utils.quantization_config import QuantizationMethod
 
 from moetrain import families
 from moetrain.backends.liger import apply_liger
@@ -64,6 +66,7 @@ class _Prepared:
 
     @staticmethod
     def _load_pretrained_model(model: Any, state_dict: Any, files: list[str] | None, load_config: Any) -> Any:
+        _refuse_sharded_fp8(model, load_config)
         info = _check_source(files)
         sharded = files is not None and getattr(model, "_mesh_manager", None) is not None
         if sharded:
@@ -77,16 +80,20 @@ class _Prepared:
         return result
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-        """Transformers' `save_pretrained`; a sharded model is written by all ranks, each its own part, and every rank
-        must call it. The result is one standard checkpoint either way."""
+        """Transformers' `save_pretrained`, written by all ranks, each its own part; every rank must call it.
+
+        `state_dict`, adapters and what only Transformers knows (`push_to_hub`, `variant`, ...) go to its own method,
+        which gathers a sharded model on rank 0.
+        """
         assert isinstance(self, PreTrainedModel)
         if getattr(self, "_hf_peft_config_loaded", False) and getattr(self, "_mesh_manager", None) is not None:
             raise ValueError("a sharded model with `add_adapter` cannot be saved; adapt it with peft.get_peft_model")
-        plain = getattr(self, "_mesh_manager", None) is None and self.dropped_weights is None
-        if plain or args or kwargs.get("state_dict") is not None or getattr(self, "_hf_peft_config_loaded", False):
+        given = {name for name, value in kwargs.items() if value is not None and name != "is_main_process"}
+        if args or given - {"max_shard_size"} or getattr(self, "_hf_peft_config_loaded", False):
             super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
             return
-        save_hf(self, save_directory, extra=self.dropped_weights)
+        sizes = {"max_shard_bytes": parse_size_to_int(str(kwargs["max_shard_size"]))} if given else {}
+        save_hf(self, save_directory, extra=self.dropped_weights, **sizes)
 
 
 class _PreparedMapping:
@@ -133,6 +140,7 @@ class _AutoModel:
         """
         wants_info = kwargs.pop("output_loading_info", False)
         kwargs.setdefault("trust_remote_code", False)
+        kwargs.setdefault("use_safetensors", True)  # pickles can run code
         model, info = super().from_pretrained(  # type: ignore[misc]
             pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
         )
@@ -171,6 +179,16 @@ def _sharded_from_config(build: Any, config: PreTrainedConfig, distributed_confi
     model._move_missing_keys_from_meta_to_device(set(model.state_dict()), device_map, mesh, None)
     initialize_weights(model, 0 if mesh is None else rank() % distributed_config.fsdp_size)
     return model
+
+
+def _refuse_sharded_fp8(model: Any, load_config: Any) -> None:
+    method = getattr(getattr(load_config.hf_quantizer, "quantization_config", None), "quant_method", None)
+    if method == QuantizationMethod.FP8 and getattr(model, "_mesh_manager", None) is not None:
+        raise ValueError(
+            "an FP8 checkpoint cannot be read into shards: its scales cover blocks of the whole weights. Dequantise it "
+            "first: in one process, AutoModelForCausalLM.from_pretrained(path, dtype='bfloat16', "
+            "quantization_config=FineGrainedFP8Config(dequantize=True)).save_pretrained(out)"
+        )
 
 
 def _check_source(files: list[str] | None) -> CheckpointInfo | None:

@@ -146,7 +146,7 @@ def _parser() -> argparse.ArgumentParser:
         "export",
         export,
         "turn a training checkpoint into one in Hugging Face format",
-        "moetrain export runs/mine/checkpoints/step-1000 mine-hf",
+        "moetrain export runs/mine/checkpoints/step-00001000 mine-hf",
     )
     sub.add_argument("checkpoint", metavar="CHECKPOINT", help="directory of a training checkpoint")
     sub.add_argument("out", metavar="OUT", help="directory to make")
