@@ -26,7 +26,7 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 BEAT_SECONDS = 2.0
 """At most one heartbeat file a rank in this time: 128 ranks may share one file system."""
 CLAIM_SECONDS = 10.0
-"""How long the ranks of a killed run may take to die, GPUs included, before the next one gives up on their directory."""
+"""How long the ranks of a killed run may take to die, on GPUs too, before the next run gives up on their directory."""
 _TIMED_OUT = 1
 """What ranks agree on: 0 goes on, 1 (SIGHUP's number, which is not ours) is out of time, else the signal's number."""
 

@@ -67,7 +67,7 @@ def _train(config: RunConfig) -> None:
 
 @contextlib.contextmanager
 def _on_record(config: RunConfig) -> Iterator[None]:
-    """Keep the configuration in the output directory; a run that ends before its first record restores what was there."""
+    """Write the configuration to the output directory; a run that ends before its first record restores the old one."""
     file, metrics = (Path(config.output_dir) / name for name in (CONFIG_FILE, FILE_NAME))
     earlier = file.read_bytes() if file.exists() else None
     recorded = metrics.stat().st_mtime_ns if metrics.exists() else None
@@ -196,13 +196,13 @@ def _supervise(ranks: list[subprocess.Popen[bytes]], received: list[int], log_di
     if signum in forwarded:
         _say(f"stopped by {signal.Signals(signum).name} before training had begun to listen for it")
     else:
-        _report(failed, codes, log_dir)
+        _report(failed, [rank.poll() for rank in ranks], log_dir)
     return 128 - code if code < 0 else code
 
 
 def _report(failed: list[int], codes: list[int | None], log_dir: Path) -> None:
     """Say who died first and how, with the end of its log; rank 0 has already written to this terminal."""
-    if codes[0] == USER_ERROR:
+    if codes[0] == USER_ERROR == codes[failed[0]]:
         return
     for rank in failed:
         code = codes[rank]

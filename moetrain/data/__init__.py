@@ -4,6 +4,7 @@ sources   files -> records (text, messages)
 messages  chat messages, checked and brought into one form
 chat      messages -> token ids and the tokens that carry loss
 tokens    the token file: a memory-mapped file of documents
+encode    records -> token ids
 tokenize  sources -> token files
 packing   documents -> rows of a fixed length
 isolation models: the documents of a row kept apart in attention and recurrent layers

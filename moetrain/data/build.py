@@ -137,7 +137,7 @@ def _streams(sources: list[Source], selections: list[Selection], config: DataCon
     streams = []
     for source, selection in zip(sources, selections, strict=True):
         plans = [plan_rows(file, pieces, config.seq_len, config.packing) for file, pieces in selection]
-        stream = Stream([plan for plan in plans if plan.num_rows], source.weight)
+        stream = Stream(plans, source.weight)
         if stream.num_rows:
             streams.append(stream)
         elif use == "training":
@@ -178,6 +178,7 @@ def _counts(streams: list[Stream], seq_len: int) -> dict[str, Any]:
         "documents": sum(len(np.unique(plan.pieces.document)) for plan in plans),
         "tokens": tokens,
         "label_tokens": sum(plan.num_label_tokens for plan in plans),
+        "left_out_tokens": sum(plan.num_left_out for plan in plans),
         "rows": rows,
         "packing_efficiency": tokens / (rows * seq_len),
     }

@@ -87,10 +87,13 @@ def best_fit(lengths: NDArray[np.int64], seq_len: int, seed: int = 0) -> NDArray
 class RowPlan:
     """Which pieces of a token file make up each row."""
 
-    def __init__(self, file: TokenFile, pieces: Pieces, rows: NDArray[np.int64], num_label_tokens: int) -> None:
+    def __init__(
+        self, file: TokenFile, pieces: Pieces, rows: NDArray[np.int64], *, num_label_tokens: int, num_left_out: int
+    ) -> None:
         order = np.argsort(rows, kind="stable")
         self.file = file
         self.num_label_tokens = num_label_tokens
+        self.num_left_out = num_left_out
         self.pieces = Pieces(*(column[order] for column in pieces))
         self.num_rows = int(rows.max()) + 1 if len(rows) else 0
         self._first = np.searchsorted(rows[order], np.arange(self.num_rows + 1))
@@ -107,15 +110,23 @@ class RowPlan:
 
 
 def plan_rows(file: TokenFile, pieces: Pieces, seq_len: int, packing: bool) -> RowPlan:
-    """Place pieces into rows. Pieces without a token that carries loss are left out, so every row has one.
+    """Place pieces into rows. Pieces without a token that carries loss are left out, so every row has one; without
+    packing, what is beyond `seq_len` is left out too.
 
     The first token of a piece never carries loss: nothing of its document predicts it.
     """
+    num_tokens = int(pieces.length.sum())
     pieces = cut(pieces, seq_len) if packing else truncate(pieces, seq_len)
     labels = file.labels_in(pieces.document, pieces.start + 1, pieces.length - 1)
     pieces = Pieces(*(column[labels > 0] for column in pieces))
     rows = best_fit(pieces.length, seq_len) if packing else np.arange(len(pieces.length))
-    return RowPlan(file, pieces, rows, int(labels[labels > 0].sum()))
+    return RowPlan(
+        file,
+        pieces,
+        rows,
+        num_label_tokens=int(labels[labels > 0].sum()),
+        num_left_out=num_tokens - int(pieces.length.sum()),
+    )
 
 
 def collate(

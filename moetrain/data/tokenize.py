@@ -6,6 +6,7 @@ import errno
 import fcntl
 import hashlib
 import json
+import logging
 import os
 import re
 import time
@@ -22,6 +23,8 @@ from moetrain.config import DataConfig, Source
 from moetrain.data.encode import Encoder, Form
 from moetrain.data.sources import STDLIB, BadLines, InputFile, find_files, read_records, total_bytes
 from moetrain.data.tokens import VERSION, TokenFile, TokenWriter
+
+logger = logging.getLogger(__name__)
 
 _PARALLEL_ABOVE = 32 << 20  # bytes of chats; below, starting processes takes longer than the work
 _BAR_STEP = 256 << 10  # bytes
@@ -97,7 +100,10 @@ def open_source(
             for wreck in path.parent.glob(f".{path.name}.*.partial") if held else ():  # of a process that was killed
                 wreck.unlink()
             tokenize_to_file(source, config, tokenizer, path, progress=progress)
-    return [TokenFile(path)]
+    file = TokenFile(path)
+    if first:
+        _warn_of_skipped(source, file)
+    return [file]
 
 
 def tokenize_config(
@@ -113,7 +119,9 @@ def tokenize_config(
     for part, sources in parts.items():
         for number, source in enumerate(sources):
             path = out_dir / f"{part}-{number}-{_slug(source)}.tokens"
-            tokenize_to_file(source, config, tokenizer, path, progress=progress, workers=os.cpu_count() or 1)
+            workers = os.cpu_count() or 1
+            file = tokenize_to_file(source, config, tokenizer, path, progress=progress, workers=workers)
+            _warn_of_skipped(source, file)
             written.append((source, path))
     return written
 
@@ -204,6 +212,11 @@ def _progress_bar(
 
         yield advance
         show(total)
+
+
+def _warn_of_skipped(source: Source, file: TokenFile) -> None:
+    if count := file.header["skipped_lines"]:
+        logger.warning("%s: skipped %d bad lines, the first: %s", source.path, count, file.header["first_skipped"])
 
 
 def _nothing(source: Source, files: list[InputFile], bad: BadLines) -> str:

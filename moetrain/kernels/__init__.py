@@ -7,7 +7,8 @@ gated.py      activation * routing weight (activation.py: the table of activatio
 bias.py       biases of experts
 rows.py       the experts' arithmetic made of them
 experts.py    experts_forward, expert_rows: the layer, differentiable
-nvlink.py     Exchange: tokens to other ranks and back
+exchange.py   Exchange: tokens to other ranks and back (nvlink.py: its kernels)
+overlap.py    OverlappedExperts: the layer on several ranks, its exchange behind its arithmetic
 """
 
 from __future__ import annotations

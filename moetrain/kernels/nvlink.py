@@ -1,178 +1,18 @@
-"""Tokens to the ranks of their experts and back, by stores into the other GPUs' memory over NVLink.
+"""Kernels that store into the other GPUs' memory over NVLink, and those that read what arrived. exchange.py uses them.
 
-A token goes once to each rank that holds any of its experts, and one partial sum comes back from each: with 8 experts
-of 128 on 8 ranks 5.3 copies instead of 8. Where a token lands is its own number, `[source rank, token]`, so nothing is
-counted or agreed on before it is sent, every shape is static and no rank waits for a host.
-
-Shapes: W ranks, T tokens of a rank, S = W*T tokens of all ranks, K choices of a token (top_k), H hidden, E experts of
-this rank, R rows (capacity). Every rank must have the same T.
+Shapes: W ranks, T tokens of a rank, S = W*T tokens of all ranks in the order of ranks, K choices of a token (top_k),
+H hidden, R rows of this rank's experts. `table`s are the addresses of a buffer on every rank, int64 [W].
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
-
 import torch
-import torch.distributed as dist
 
 from moetrain.kernels._triton import cdiv, jit, next_power_of_2, tl
-from moetrain.kernels.permute import permute_rows
-from moetrain.kernels.routing import Routing, route_sort
 
 TOKEN_PROGRAMS, SUM_PROGRAMS = 132, 264
-"""Programs that push tokens and sums. Of 32 to 2,112 all from 64 and 132 on are within 5 % (8 H200): the links are the
-limit, and fewer programs leave more of the GPU to others."""
-
-
-class Peers(NamedTuple):
-    """One buffer of every rank in the group, each reachable from this one."""
-
-    local: torch.Tensor
-    """This rank's own."""
-    table: torch.Tensor
-    """Addresses of all ranks' buffers, int64 [W] on the device."""
-
-
-class Exchange:
-    """The buffers of one group of ranks, and the exchange through them. Two calls in flight would overwrite each other:
-    one instance serves all layers of a model, in the order of one stream.
-
-    Args:
-        group: ranks of one NVLink domain, each with `tokens` tokens in every call.
-        capacity: rows of this rank's experts that there is room for; more are cut, see `Routing.counts_E`.
-    """
-
-    def __init__(
-        self,
-        group: dist.ProcessGroup,
-        tokens: int,
-        hidden: int,
-        top_k: int,
-        num_local_experts: int,
-        capacity: int,
-        dtype: torch.dtype = torch.bfloat16,
-    ) -> None:
-        self.rank, self.world = dist.get_rank(group), dist.get_world_size(group)
-        self.tokens, self.num_local_experts, self.capacity = tokens, num_local_experts, capacity
-        everyone = self.world * tokens
-        device = torch.device("cuda", torch.cuda.current_device())
-        sizes = {"sent": everyone * hidden * dtype.itemsize, "returned": everyone * hidden * dtype.itemsize}
-        sizes |= {name: everyone * top_k * 4 for name in ("choices", "weights", "weight_grads")}
-        whole, self._handle = _rendezvous(sum(sizes.values()), device, group)
-        types = {"choices": torch.int32, "weights": torch.float32, "weight_grads": torch.float32}
-        peers, start = {}, 0
-        for name, size in sizes.items():
-            width = hidden if name in ("sent", "returned") else top_k
-            local = whole[start : start + size].view(types.get(name, dtype)).view(everyone, width)
-            table = [pointer + start for pointer in self._handle.buffer_ptrs]
-            peers[name] = Peers(local, torch.tensor(table, dtype=torch.int64, device=device))
-            start += size
-        self.sent, self.returned = peers["sent"], peers["returned"]
-        self.choices, self.weights, self.weight_grads = peers["choices"], peers["weights"], peers["weight_grads"]
-        self.choices.local.fill_(-1)
-        self._busy: str | None = None
-
-    def dispatch(
-        self, x_TH: torch.Tensor, index_TK: torch.Tensor, weights_TK: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, Routing]:
-        """Rows [R, H] for this rank's experts, their routing weights [R] in fp32, and where each came from (slots of
-        S * K). Differentiable."""
-        rows_RH, weights_R, *routing = _Dispatch.apply(x_TH, weights_TK, index_TK, self)
-        return rows_RH, weights_R, Routing(*routing)
-
-    def combine(self, rows_RH: torch.Tensor, index_TK: torch.Tensor, routing: Routing) -> torch.Tensor:
-        """Sum of each token's rows over all ranks [T, H]: in fp32 on each rank, rounded, and again in fp32.
-        Differentiable."""
-        out_TH: torch.Tensor = _Combine.apply(rows_RH, index_TK, routing.row_TK, self)
-        return out_TH
-
-    def send_tokens(
-        self, x_TH: torch.Tensor, index_TK: torch.Tensor, weights_TK: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, Routing]:
-        """`dispatch` without autograd."""
-        self._before("sent")
-        index_TK = index_TK.to(torch.int32)
-        push_choices(index_TK, weights_TK.float(), self.choices.table, self.weights.table, self.rank)
-        push_tokens(x_TH, index_TK, self.sent.table, self.rank, self.num_local_experts)
-        self._handle.barrier(0)
-        first = self.rank * self.num_local_experts
-        routing = route_sort(self.choices.local, self.num_local_experts, self.capacity, first)
-        rows_RH, weights_R = permute_rows(self.sent.local, self.weights.local, routing.row_TK, self.capacity)
-        return rows_RH, weights_R, routing
-
-    def send_gradients(self, grad_TH: torch.Tensor, index_TK: torch.Tensor, row_SK: torch.Tensor) -> torch.Tensor:
-        """Gradient of `combine`'s rows: the output's gradient travels as the tokens did."""
-        self._before("sent")
-        push_tokens(grad_TH, index_TK.to(torch.int32), self.sent.table, self.rank, self.num_local_experts)
-        self._handle.barrier(0)
-        return permute_rows(self.sent.local, None, row_SK, self.capacity)[0]
-
-    def send_sums(
-        self, rows_RH: torch.Tensor, weights_R: torch.Tensor | None, index_TK: torch.Tensor, row_SK: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """`combine` without autograd; with the gradients of the rows and of their weights, `dispatch`'s backward:
-        gradients of x [T, H] and of the weights [T, K]."""
-        self._before("returned")
-        push_sums(
-            rows_RH,
-            weights_R,
-            row_SK,
-            self.returned.table,
-            self.weight_grads.table,
-            self.rank,
-            self.world,
-        )
-        self._handle.barrier(0)
-        return sum_partials(
-            self.returned.local,
-            None if weights_R is None else self.weight_grads.local,
-            index_TK.to(torch.int32),
-            self.num_local_experts,
-            self.world,
-        )
-
-    def _before(self, buffer: str) -> None:
-        """A buffer may be written once every rank has read what was in it: the barrier of a use of the other buffer
-        says so; two uses of the same need one more."""
-        if self._busy == buffer:
-            self._handle.barrier(0)
-        self._busy = buffer
-
-
-class _Dispatch(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x_TH, weights_TK, index_TK, exchange):  # type: ignore[no-untyped-def]
-        rows_RH, weights_R, routing = exchange.send_tokens(x_TH, index_TK, weights_TK)
-        ctx.exchange, ctx.weights_dtype = exchange, weights_TK.dtype
-        ctx.save_for_backward(index_TK, routing.row_TK)
-        ctx.mark_non_differentiable(*routing)
-        return rows_RH, weights_R, *routing
-
-    @staticmethod
-    def backward(ctx, grad_RH, grad_weights_R, *_):  # type: ignore[no-untyped-def]
-        index_TK, row_SK = ctx.saved_tensors
-        grad_x_TH, grad_weights_TK = ctx.exchange.send_sums(grad_RH, grad_weights_R, index_TK, row_SK)
-        return grad_x_TH, grad_weights_TK.to(ctx.weights_dtype), None, None
-
-
-class _Combine(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, rows_RH, index_TK, row_SK, exchange):  # type: ignore[no-untyped-def]
-        ctx.exchange = exchange
-        ctx.save_for_backward(index_TK, row_SK)
-        return exchange.send_sums(rows_RH, None, index_TK, row_SK)[0]
-
-    @staticmethod
-    def backward(ctx, grad_TH):  # type: ignore[no-untyped-def]
-        index_TK, row_SK = ctx.saved_tensors
-        return ctx.exchange.send_gradients(grad_TH, index_TK, row_SK), None, None, None
-
-
-def _rendezvous(num_bytes: int, device: torch.device, group: dist.ProcessGroup) -> tuple[torch.Tensor, Any]:
-    from torch.distributed import _symmetric_memory as symmetric_memory
-
-    buffer = symmetric_memory.empty(num_bytes, dtype=torch.uint8, device=device)
-    return buffer, symmetric_memory.rendezvous(buffer, group.group_name)
+"""Programs that push tokens and sums when nothing else runs. Of 32 to 2,112 all from 64 and 132 on are within 5 % of
+the best (8 H200): the links are the limit."""
 
 
 def push_choices(
@@ -185,10 +25,17 @@ def push_choices(
     )
 
 
-def push_tokens(x_TH: torch.Tensor, index_TK: torch.Tensor, sent: torch.Tensor, rank: int, local_experts: int) -> None:
+def push_tokens(
+    x_TH: torch.Tensor,
+    index_TK: torch.Tensor,
+    sent: torch.Tensor,
+    rank: int,
+    local_experts: int,
+    programs: int = TOKEN_PROGRAMS,
+) -> None:
     """Write each token into [rank, token] of every rank that holds one of its experts."""
     tokens, hidden = x_TH.shape
-    _push_tokens[(min(TOKEN_PROGRAMS, tokens),)](
+    _push_tokens[(programs,)](
         x_TH.contiguous(),
         index_TK,
         sent,
@@ -199,11 +46,40 @@ def push_tokens(x_TH: torch.Tensor, index_TK: torch.Tensor, sent: torch.Tensor, 
         TOP_K=index_TK.shape[1],
         PAD_K=next_power_of_2(index_TK.shape[1]),
         WORLD=sent.numel(),
-        PROGRAMS=min(TOKEN_PROGRAMS, tokens),
+        PROGRAMS=programs,
         TILE_T=2,
         BLOCK=next_power_of_2(hidden),
         num_warps=8,
     )
+
+
+def push_rows(
+    sums_SH: torch.Tensor, row_SK: torch.Tensor, returned: torch.Tensor, rank: int, programs: int = TOKEN_PROGRAMS
+) -> None:
+    """Write the sum of each token that has a row here into [this rank, token] of the rank the token is from."""
+    everyone, top_k = row_SK.shape
+    hidden, world = sums_SH.shape[1], returned.numel()
+    _push_rows[(programs,)](
+        sums_SH,
+        row_SK,
+        returned,
+        rank,
+        everyone // world,
+        hidden,
+        TOP_K=top_k,
+        PAD_K=next_power_of_2(top_k),
+        WORLD=world,
+        PROGRAMS=programs,
+        BLOCK=next_power_of_2(hidden),
+        num_warps=8,
+    )
+
+
+def push_weights(weights_SK: torch.Tensor, weight_grads: torch.Tensor, rank: int) -> None:
+    """Write the weights [T, K] of each rank's tokens into [this rank] of that rank's."""
+    world = weight_grads.numel()
+    numbers = weights_SK.numel() // world
+    _push_weights[(world, cdiv(numbers, 1024))](weights_SK, weight_grads, rank, numbers, BLOCK=1024, num_warps=4)
 
 
 def push_sums(
@@ -216,7 +92,7 @@ def push_sums(
     world: int,
 ) -> None:
     """Sum the rows of each token in fp32 and write it into [this rank, token] of the rank the token is from; with
-    `weights_R`, those of its rows into [this rank, token, k]."""
+    `weights_R`, those of its rows into [this rank, token, k]. `sum_rows` and `push_rows` in one."""
     hidden = rows_RH.shape[1]
     everyone, top_k = row_SK.shape
     _push_sums[(min(SUM_PROGRAMS, everyone),)](
@@ -242,12 +118,13 @@ def sum_partials(
     index_TK: torch.Tensor,
     local_experts: int,
     world: int,
+    out_TH: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Sum over the ranks of each token's experts [T, H] in fp32, in the order of ranks; with `weights_SK`, the weight
     of each choice from its expert's rank [T, K]."""
     tokens, top_k = index_TK.shape
     hidden = returned_SH.shape[1]
-    out_TH = returned_SH.new_empty(tokens, hidden)
+    out_TH = returned_SH.new_empty(tokens, hidden) if out_TH is None else out_TH
     weights_TK = None if weights_SK is None else weights_SK.new_empty(tokens, top_k)
     block = min(next_power_of_2(hidden), 1024)
     _sum_partials[(tokens, cdiv(hidden, block))](
@@ -280,6 +157,14 @@ def _push_choices(index_TK, weights_TK, choices, weights, rank, numbers, BLOCK: 
     tl.store(_peer(choices, tl.program_id(0), index_TK) + rank * numbers + n, index, mask=n < numbers)
     weight = tl.load(weights_TK + n, mask=n < numbers)
     tl.store(_peer(weights, tl.program_id(0), weights_TK) + rank * numbers + n, weight, mask=n < numbers)
+
+
+@jit
+def _push_weights(weights_SK, weight_grads, rank, numbers, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    source = tl.program_id(0)
+    n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    weight = tl.load(weights_SK + source * numbers + n, mask=n < numbers)
+    tl.store(_peer(weight_grads, source, weights_SK) + rank * numbers + n, weight, mask=n < numbers)
 
 
 @jit

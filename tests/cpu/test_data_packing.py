@@ -103,4 +103,4 @@ def test_every_row_has_a_label(tmp_path: Path) -> None:
     plan = plan_rows(file, whole(file, np.arange(3)), 5, packing=True)
     rows = [sorted(ids.tolist() for ids, _ in plan.documents_of(row)) for row in range(plan.num_rows)]
     assert sorted(rows) == [[[16, 17, 18, 19, 20]], [[31, 32]]]
-    assert plan.num_label_tokens == 2
+    assert plan.num_label_tokens == 2 and plan.num_left_out == 15

@@ -101,6 +101,11 @@ def edit_json(path: Path, **values: Any) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 
+def remove(folder: Path, pattern: str) -> None:
+    for file in folder.glob(pattern):
+        file.unlink()
+
+
 def flip(path: Path, position: int) -> None:
     data = bytearray(path.read_bytes())
     data[position] ^= 4
@@ -113,8 +118,7 @@ def shard(model: Path, number: int = 1) -> Path:
 
 def pickled(model: Path) -> None:
     """The weights as a pickle that leaves a trace when it is loaded."""
-    for file in model.glob("model*"):
-        file.unlink()
+    remove(model, "model*")
     (model / "pytorch_model.bin").write_bytes(pickle.dumps(Trace(model / "ran")))
 
 
@@ -188,7 +192,7 @@ MODELS: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     "flip in the data": (lambda m: flip(shard(m), -9), ["model-00002-of-00003.safetensors is corrupt: its SHA-256"]),
     "tensor that is not there": (name_absent_tensor, ["lacks the tensor model.absent.weight"]),
     "pickle": (pickled, ["only as pickles (pytorch_model.bin)", "never opened"]),
-    "no weights": (lambda m: [f.unlink() for f in m.glob("model*")], ["holds neither model.safetensors nor"]),
+    "no weights": (lambda m: remove(m, "model*"), ["holds neither model.safetensors nor"]),
     "adapter": (lambda m: (m / "adapter_config.json").write_text("{}"), ["holds an adapter", "merge it"]),
     "no configuration": (lambda m: (m / "config.json").unlink(), ["config.json"]),
     "torn configuration": (lambda m: (m / "config.json").write_text('{"model_type'), ["config.json", "valid JSON"]),
@@ -202,7 +206,7 @@ MODELS: dict[str, tuple[Callable[[Path], object], list[str]]] = {
         lambda m: edit_json(m / "config.json", num_hidden_layers=3),
         ["do not fit its config.json, 11 tensor(s): model.layers.2.input_layernorm.weight is missing"],
     ),
-    "no tokenizer": (lambda m: [f.unlink() for f in m.glob("tokenizer*")], ["holds no tokenizer"]),
+    "no tokenizer": (lambda m: remove(m, "tokenizer*"), ["holds no tokenizer"]),
     "torn tokenizer": (lambda m: (m / "tokenizer.json").write_text('{"a"'), ["the tokenizer of", "cannot be read"]),
     "no vocabulary": (lambda m: (m / "tokenizer.json").write_text('{"added_tokens": []}'), ["cannot be read"]),
     "other tokenizer": (

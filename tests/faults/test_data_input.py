@@ -57,15 +57,17 @@ def test_empty_data(tmp_path: Path) -> None:
     fails(skipped, config(tmp_path / "b.jsonl", on_bad_line="skip"), tmp_path)
 
 
-def test_skipped_lines_are_reported(tmp_path: Path) -> None:
+def test_skipped_lines_are_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", ROWS)
     path.write_text(path.read_text() + "{broken\n{broken\n")
     fails("a.jsonl:51: malformed JSON", config(path), tmp_path)
     assert not list((tmp_path / "cache").glob("*.tokens")) and not list((tmp_path / "cache").glob(".*.partial"))
     for _ in range(2):  # the second time from the cache
+        caplog.clear()
         summary = data(config(path, on_bad_line="skip"), tmp_path).summary
         assert summary["skipped_lines"] == 2
         assert "a.jsonl:51: malformed JSON" in summary["sources"][0]["first_skipped"]
+        assert "skipped 2 bad lines, the first: " in caplog.text
     json.dumps(summary)
 
 

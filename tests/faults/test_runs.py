@@ -140,9 +140,9 @@ def start(tmp_path: Path) -> Iterator[Any]:
     (hook / "sitecustomize.py").write_text(HOLD)
 
     def begin(folder: Path, hold: tuple[int, str, str] | None = None) -> Started:
-        mark = f"MOETRAIN_TEST={uuid.uuid4().hex}"
+        mark = uuid.uuid4().hex
         environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
-        environment |= dict([mark.split("=")], OMP_NUM_THREADS="1")
+        environment |= {"MOETRAIN_TEST": mark, "OMP_NUM_THREADS": "1"}
         if hold is not None:
             environment |= {"PYTHONPATH": str(hook), "HOLD": " ".join([*map(str, hold), str(tmp_path / "held")])}
         process = subprocess.Popen(
@@ -154,7 +154,7 @@ def start(tmp_path: Path) -> Iterator[Any]:
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
-        everything.append(Started(process, mark.encode(), time.time()))
+        everything.append(Started(process, f"MOETRAIN_TEST={mark}".encode(), time.time()))
         return everything[-1]
 
     yield begin

@@ -1,0 +1,134 @@
+"""Experts on several ranks whose exchange hides behind their arithmetic.
+
+The tokens of a rank go in two halves: while the experts work on one, the other travels on a second stream by few
+programs, so that the products keep nearly all of the GPU. In the backward the gradients of the parameters, which no
+other rank waits for, run while the last tokens' gradients travel.
+
+Shapes as in exchange.py; G is the width of the up projection.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from moetrain.kernels.activation import Activation
+from moetrain.kernels.exchange import Exchange
+from moetrain.kernels.permute import sum_rows
+from moetrain.kernels.rows import Batch, ExpertWeights, backward_parameters, backward_rows, forward_rows
+
+PROGRAMS = 32
+"""Programs that push beside the products: 32 hide 80 % of their time behind two products, 132 nothing (8 H200)."""
+
+
+class OverlappedExperts:
+    """The experts of a layer of `group`'s ranks. One instance serves all layers of a model, in the order of one stream.
+
+    Args:
+        tokens: tokens of every rank in every call, an even number.
+        capacity: rows of this rank's experts that there is room for, half of it for each half of the tokens.
+    """
+
+    def __init__(
+        self, group: dist.ProcessGroup, tokens: int, hidden: int, top_k: int, num_local_experts: int, capacity: int
+    ) -> None:
+        if tokens % 2:
+            raise ValueError(f"tokens go in two halves, and {tokens} is odd; use an even sequence length or batch")
+        sizes = (tokens // 2, hidden, top_k, num_local_experts, capacity // 2)
+        self.halves = [Exchange(group, *sizes) for _ in range(2)]
+        self.stream = torch.cuda.Stream()
+
+    def __call__(
+        self,
+        x_TH: torch.Tensor,
+        index_TK: torch.Tensor,
+        weights_TK: torch.Tensor,
+        experts: ExpertWeights,
+        activation: Activation,
+    ) -> torch.Tensor:
+        """Sum over k of weight * expert(x) for every token of this rank [T, H]."""
+        out_TH: torch.Tensor = _Overlapped.apply(x_TH, weights_TK, index_TK, self, activation, *experts)
+        return out_TH
+
+    def post_tokens(
+        self, x_TH: torch.Tensor, index_TK: torch.Tensor, weights_TK: torch.Tensor | None
+    ) -> list[torch.cuda.Event]:
+        """Send both halves on the second stream; an event for each that has arrived everywhere."""
+        self.stream.wait_stream(torch.cuda.current_stream())
+        halves_TK = [None, None] if weights_TK is None else weights_TK.chunk(2)
+        arrived = []
+        with torch.cuda.stream(self.stream):
+            for exchange, x, index, weights in zip(
+                self.halves, x_TH.chunk(2), index_TK.chunk(2), halves_TK, strict=True
+            ):
+                exchange.post_tokens(x, index, weights, PROGRAMS)
+                arrived.append(self.stream.record_event())
+        return arrived
+
+    def post_sums(
+        self, half: int, sums_SH: torch.Tensor, weights_SK: torch.Tensor | None, row_SK: torch.Tensor
+    ) -> torch.cuda.Event:
+        """Send the sums of one half back on the second stream."""
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            self.halves[half].post_sums(sums_SH, weights_SK, row_SK, PROGRAMS)
+            event: torch.cuda.Event = self.stream.record_event()
+        return event
+
+
+class _Overlapped(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_TH, weights_TK, index_TK, layer, activation, *experts):  # type: ignore[no-untyped-def]
+        main = torch.cuda.current_stream()
+        x_TH, index_TK, weights = x_TH.contiguous(), index_TK.int(), ExpertWeights(*experts)
+        # what the second stream reads must live until this one has waited for it, so nothing here is a temporary
+        fp32_weights_TK = weights_TK.float()
+        arrived = layer.post_tokens(x_TH, index_TK, fp32_weights_TK)
+        saved, returned, in_flight = [], [], []
+        for half, exchange in enumerate(layer.halves):
+            main.wait_event(arrived[half])
+            rows_RH, weights_R, routing = exchange.take_rows()
+            out_RH, up_RG = forward_rows(rows_RH, weights_R, routing.offsets_E, weights, activation)
+            sums_SH, _ = sum_rows(out_RH, None, routing.row_TK)
+            returned.append(layer.post_sums(half, sums_SH, None, routing.row_TK))
+            saved += [rows_RH, weights_R, up_RG, routing.offsets_E, routing.row_TK]
+            in_flight.append(sums_SH)
+        out_TH = torch.empty_like(x_TH)
+        for exchange, event, out, index in zip(layer.halves, returned, out_TH.chunk(2), index_TK.chunk(2), strict=True):
+            main.wait_event(event)
+            exchange.take_sums(index, weighted=False, out_TH=out)
+        ctx.layer, ctx.activation, ctx.transposed, ctx.dtype = layer, activation, weights.transposed, weights_TK.dtype
+        ctx.save_for_backward(index_TK, *saved, *experts[:4])
+        return out_TH
+
+    @staticmethod
+    def backward(ctx: Any, grad_TH):  # type: ignore[no-untyped-def]
+        main, layer = torch.cuda.current_stream(), ctx.layer
+        index_TK, *saved = ctx.saved_tensors
+        up, down, up_bias, down_bias = saved[10:]
+        weights = ExpertWeights(up, down, up_bias, down_bias, ctx.transposed)
+        grad_TH = grad_TH.contiguous()
+        arrived = layer.post_tokens(grad_TH, index_TK, None)
+        batches, returned, in_flight = [], [], []
+        for half, exchange in enumerate(layer.halves):
+            rows_RH, weights_R, up_RG, offsets_E, row_SK = saved[5 * half : 5 * half + 5]
+            main.wait_event(arrived[half])
+            grad_RH = exchange.take_more_rows(row_SK)
+            gradients = backward_rows(grad_RH, up_RG, weights_R, offsets_E, weights, ctx.activation)
+            assert gradients.rows_RH is not None
+            sums_SH, sums_SK = sum_rows(gradients.rows_RH, gradients.weights_R, row_SK)
+            returned.append(layer.post_sums(half, sums_SH, sums_SK, row_SK))
+            batches.append(Batch(rows_RH, weights_R, offsets_E, grad_RH, gradients._replace(rows_RH=None)))
+            in_flight += [sums_SH, sums_SK]
+        parameters: list[torch.Tensor | None] = [None] * 4
+        if any(ctx.needs_input_grad[5:9]):
+            parameters = backward_parameters(batches, weights)
+        grad_x_TH, grads_TK = torch.empty_like(grad_TH), []
+        for exchange, event, out, index in zip(
+            layer.halves, returned, grad_x_TH.chunk(2), index_TK.chunk(2), strict=True
+        ):
+            main.wait_event(event)
+            grads_TK.append(exchange.take_sums(index, weighted=True, out_TH=out)[1])
+        return grad_x_TH, torch.cat(grads_TK).to(ctx.dtype), None, None, None, *parameters, None
