@@ -36,8 +36,8 @@ class ModelConfig(_Section):
     """Type of the parameters and the arithmetic."""
     attn_implementation: str | None = None
     """Name in Transformers' attention registry (`sdpa`, `eager`, `flash_attention_2`, ...); None: the model chooses."""
-    experts: Literal["auto", "grouped_mm", "eager"] = "auto"
-    """Arithmetic of the experts. `auto` takes grouped_mm, the loop of `eager` where the dtype or device refuses it."""
+    experts: Literal["auto", "eager"] = "auto"
+    """Arithmetic of the experts: `auto` is grouped products and fused kernels, `eager` a loop, their reference."""
     dispatch: Literal["auto", "local", "alltoall"] = "auto"
     """How tokens reach the ranks of their experts. `auto` takes `local` on one rank, `alltoall` on several."""
     activation_checkpointing: Literal["none", "full", "selective"] = "none"
@@ -64,7 +64,7 @@ class Source(_Section):
     path: str
     """File, directory or glob; `python:stdlib` is the source code of the running Python's standard library."""
     format: Literal["auto", "text", "jsonl", "parquet", "arrow", "datasets", "chat", "tokens"] = "auto"
-    """`auto` goes by the file's ending; `chat` is JSONL of OpenAI messages; `tokens` a file of `moetrain data tokenize`."""
+    """`auto` goes by the file's ending; `chat` is JSONL of OpenAI messages; `tokens` of `moetrain data tokenize`."""
     text_key: str = "text"
     """Field that holds the text, for jsonl, parquet, arrow and datasets."""
     messages_key: str = "messages"

@@ -6,21 +6,19 @@ with weights         checkpointing                (`checkpoint_activations`)
 
 from __future__ import annotations
 
-import functools
 import logging
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.distributed.fsdp import FSDPModule
-from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 from transformers import PreTrainedModel
 from transformers.distributed import DistributedConfig
 
 from moetrain import families
 from moetrain.backends import peft
 from moetrain.mesh import check_ep_divides
-from moetrain.moe.dispatch import COMMUNICATION_OPS
+from moetrain.moe.dispatch import keep_received
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +71,7 @@ def checkpoint_activations(model: PreTrainedModel, mode: str) -> None:
         )
     kwargs: dict[str, Any] = {"use_reentrant": False}
     if mode == "selective":
-        kwargs["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _keep_communication)
+        kwargs["context_fn"] = keep_received
     elif mode != "full":
         raise ValueError(f"unknown activation checkpointing {mode!r}; valid: none, full, selective")
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
@@ -84,7 +82,3 @@ def reshard(model: PreTrainedModel) -> None:
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
-
-
-def _keep_communication(ctx: Any, op: torch._ops.OpOverload, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if op in COMMUNICATION_OPS else CheckpointPolicy.PREFER_RECOMPUTE

@@ -21,8 +21,8 @@ from moetrain.bench.kernels import Row, format_table, graph_milliseconds
 from moetrain.kernels.activation import Activation
 from moetrain.kernels.exchange import Exchange
 from moetrain.kernels.experts import expert_rows, experts_forward
-from moetrain.kernels.nvlink import push_choices, push_rows, push_sums, push_tokens, sum_partials
-from moetrain.kernels.overlap import PROGRAMS, OverlappedExperts
+from moetrain.kernels.nvlink import push_choices, push_sums, push_tokens, sum_partials
+from moetrain.kernels.overlap import SUM_PROGRAMS, TOKEN_PROGRAMS, OverlappedExperts
 from moetrain.kernels.permute import permute_ref, permute_rows, sum_rows
 from moetrain.kernels.routing import route_sort
 from moetrain.kernels.rows import ExpertWeights
@@ -96,15 +96,10 @@ def check_exchange(exchange: Exchange, x_TH: torch.Tensor, index_TK: torch.Tenso
         exchange.post_tokens(x_TH, ids, None)
         grad_rows = exchange.take_more_rows(routing.row_TK)
         assert torch.equal(grad_rows[:used], expected_rows[:used]), "gradient rows differ"
-        exchange.post_rows(grad_rows, row_weights, routing.row_TK)
-        sums, grad_weights = exchange.take_sums(ids, weighted=True)
+        exchange.post_sums(grad_rows, row_weights, routing.row_TK)
+        _, grad_weights = exchange.take_sums(ids, weighted=True)
         assert grad_weights is not None
         assert torch.equal(grad_weights, weights_TK), "gradients of the weights differ"
-        exchange.post_sums(*sum_rows(grad_rows, row_weights, routing.row_TK), routing.row_TK, PROGRAMS)
-        again, weights_again = exchange.take_sums(ids, weighted=True)
-        assert torch.equal(again, sums), "sums sent by push_rows differ from push_sums"
-        assert weights_again is not None
-        assert torch.equal(weights_again, weights_TK), "weights sent by push_weights differ"
 
 
 def check_layer(
@@ -197,11 +192,10 @@ def _time_nvlink(exchange: Exchange, x: torch.Tensor, index: torch.Tensor, weigh
         return Row("nvlink", part, ms, rate, "GB/s", rate / NVLINK_GB_PER_S)
 
     tables, tokens_table = (exchange.returned.table, exchange.weight_grads.table), exchange.sent.table
-    sums, _ = sum_rows(rows, None, routing.row_TK)
 
     def backward() -> None:
         exchange.post_tokens(x, ids, None)
-        exchange.post_rows(exchange.take_more_rows(routing.row_TK), row_weights, routing.row_TK)
+        exchange.post_sums(exchange.take_more_rows(routing.row_TK), row_weights, routing.row_TK)
         exchange.take_sums(ids, weighted=True)
 
     return [
@@ -213,7 +207,7 @@ def _time_nvlink(exchange: Exchange, x: torch.Tensor, index: torch.Tensor, weigh
             "permute",
             lambda: permute_rows(exchange.sent.local, exchange.weights.local, routing.row_TK, exchange.capacity),
         ),
-        timed("push sums", lambda: push_sums(rows, None, routing.row_TK, *tables, rank, world), received),
+        timed("push sums", lambda: push_sums(rows, None, routing.row_TK, *tables, rank), received),
         timed("sum partials", lambda: sum_partials(exchange.returned.local, None, ids, experts, world)),
         timed(
             "dispatch + combine",
@@ -221,8 +215,16 @@ def _time_nvlink(exchange: Exchange, x: torch.Tensor, index: torch.Tensor, weigh
             remote + received,
         ),
         timed("their backward", backward, remote + received),
-        timed("push tokens, few programs", lambda: push_tokens(x, ids, tokens_table, rank, experts, PROGRAMS), remote),
-        timed("push rows, few programs", lambda: push_rows(sums, routing.row_TK, tables[0], rank, PROGRAMS), received),
+        timed(
+            "push tokens, few programs",
+            lambda: push_tokens(x, ids, tokens_table, rank, experts, TOKEN_PROGRAMS),
+            remote,
+        ),
+        timed(
+            "push sums, few programs",
+            lambda: push_sums(rows, None, routing.row_TK, *tables, rank, SUM_PROGRAMS),
+            received,
+        ),
     ]
 
 

@@ -16,12 +16,11 @@ import torch
 import torch.distributed as dist
 
 from moetrain.kernels.nvlink import (
+    SUM_PROGRAMS,
     TOKEN_PROGRAMS,
     push_choices,
-    push_rows,
     push_sums,
     push_tokens,
-    push_weights,
     sum_partials,
 )
 from moetrain.kernels.permute import permute_rows
@@ -116,21 +115,18 @@ class Exchange:
         """What `post_tokens` brought without choices, in the order of an earlier `take_rows`: a gradient's rows."""
         return permute_rows(self.sent.local, None, row_SK, self.capacity)[0]
 
-    def post_rows(self, rows_RH: torch.Tensor, weights_R: torch.Tensor | None, row_SK: torch.Tensor) -> None:
-        """Sum each token's rows and bring the sums back to the tokens' ranks, and the rows' weights where given."""
+    def post_sums(
+        self,
+        rows_RH: torch.Tensor,
+        weights_R: torch.Tensor | None,
+        row_SK: torch.Tensor,
+        programs: int = SUM_PROGRAMS,
+    ) -> None:
+        """Sum each token's rows and bring the sums back to the tokens' ranks, and the rows' weights where given.
+        `take_sums` may follow on any stream that waits for this one."""
         self._before("returned")
         tables = self.returned.table, self.weight_grads.table
-        push_sums(rows_RH, weights_R, row_SK, *tables, self.rank, self.world)
-        self._handle.barrier(0)
-
-    def post_sums(
-        self, sums_SH: torch.Tensor, weights_SK: torch.Tensor | None, row_SK: torch.Tensor, programs: int
-    ) -> None:
-        """`post_rows` for rows that were summed already, which fewer programs can keep the links busy with."""
-        self._before("returned")
-        push_rows(sums_SH, row_SK, self.returned.table, self.rank, programs)
-        if weights_SK is not None:
-            push_weights(weights_SK, self.weight_grads.table, self.rank)
+        push_sums(rows_RH, weights_R, row_SK, *tables, self.rank, programs)
         self._handle.barrier(0)
 
     def take_sums(
@@ -162,7 +158,7 @@ class _Dispatch(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_RH, grad_weights_R, *_):  # type: ignore[no-untyped-def]
         index_TK, row_SK = ctx.saved_tensors
-        ctx.exchange.post_rows(grad_RH, grad_weights_R, row_SK)
+        ctx.exchange.post_sums(grad_RH, grad_weights_R, row_SK)
         grad_x_TH, grad_weights_TK = ctx.exchange.take_sums(index_TK, weighted=True)
         return grad_x_TH, grad_weights_TK.to(ctx.weights_dtype), None, None
 
@@ -172,7 +168,7 @@ class _Combine(torch.autograd.Function):
     def forward(ctx, rows_RH, index_TK, row_SK, exchange):  # type: ignore[no-untyped-def]
         ctx.exchange, index_TK = exchange, index_TK.int()
         ctx.save_for_backward(index_TK, row_SK)
-        exchange.post_rows(rows_RH, None, row_SK)
+        exchange.post_sums(rows_RH, None, row_SK)
         return exchange.take_sums(index_TK, weighted=False)[0]
 
     @staticmethod

@@ -13,6 +13,8 @@ from moetrain.kernels._triton import cdiv, jit, next_power_of_2, tl
 TOKEN_PROGRAMS, SUM_PROGRAMS = 132, 264
 """Programs that push tokens and sums when nothing else runs. Of 32 to 2,112 all from 64 and 132 on are within 5 % of
 the best (8 H200): the links are the limit."""
+SUM_BLOCK = 512
+"""Columns of a program's tile of sums: 136 registers a thread, so that it fits beside two programs of a product."""
 
 
 def push_choices(
@@ -53,35 +55,6 @@ def push_tokens(
     )
 
 
-def push_rows(
-    sums_SH: torch.Tensor, row_SK: torch.Tensor, returned: torch.Tensor, rank: int, programs: int = TOKEN_PROGRAMS
-) -> None:
-    """Write the sum of each token that has a row here into [this rank, token] of the rank the token is from."""
-    everyone, top_k = row_SK.shape
-    hidden, world = sums_SH.shape[1], returned.numel()
-    _push_rows[(programs,)](
-        sums_SH,
-        row_SK,
-        returned,
-        rank,
-        everyone // world,
-        hidden,
-        TOP_K=top_k,
-        PAD_K=next_power_of_2(top_k),
-        WORLD=world,
-        PROGRAMS=programs,
-        BLOCK=next_power_of_2(hidden),
-        num_warps=8,
-    )
-
-
-def push_weights(weights_SK: torch.Tensor, weight_grads: torch.Tensor, rank: int) -> None:
-    """Write the weights [T, K] of each rank's tokens into [this rank] of that rank's."""
-    world = weight_grads.numel()
-    numbers = weights_SK.numel() // world
-    _push_weights[(world, cdiv(numbers, 1024))](weights_SK, weight_grads, rank, numbers, BLOCK=1024, num_warps=4)
-
-
 def push_sums(
     rows_RH: torch.Tensor,
     weights_R: torch.Tensor | None,
@@ -89,13 +62,14 @@ def push_sums(
     returned: torch.Tensor,
     weight_grads: torch.Tensor,
     rank: int,
-    world: int,
+    programs: int = SUM_PROGRAMS,
 ) -> None:
     """Sum the rows of each token in fp32 and write it into [this rank, token] of the rank the token is from; with
-    `weights_R`, those of its rows into [this rank, token, k]. `sum_rows` and `push_rows` in one."""
-    hidden = rows_RH.shape[1]
+    `weights_R`, those of its rows into [this rank, token, k]."""
+    world, hidden = returned.numel(), rows_RH.shape[1]
     everyone, top_k = row_SK.shape
-    _push_sums[(min(SUM_PROGRAMS, everyone),)](
+    block = min(next_power_of_2(hidden), SUM_BLOCK)
+    _push_sums[(programs,)](
         rows_RH.contiguous(),
         weights_R,
         row_SK,
@@ -105,10 +79,13 @@ def push_sums(
         everyone // world,
         hidden,
         TOP_K=top_k,
+        PAD_K=next_power_of_2(top_k),
         WORLD=world,
-        PROGRAMS=min(SUM_PROGRAMS, everyone),
-        BLOCK=next_power_of_2(hidden),
-        num_warps=8,
+        PAD_W=next_power_of_2(world),
+        PROGRAMS=programs,
+        BLOCK=block,
+        TILES_H=cdiv(hidden, block),
+        num_warps=4,
     )
 
 
@@ -160,14 +137,6 @@ def _push_choices(index_TK, weights_TK, choices, weights, rank, numbers, BLOCK: 
 
 
 @jit
-def _push_weights(weights_SK, weight_grads, rank, numbers, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    source = tl.program_id(0)
-    n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    weight = tl.load(weights_SK + source * numbers + n, mask=n < numbers)
-    tl.store(_peer(weight_grads, source, weights_SK) + rank * numbers + n, weight, mask=n < numbers)
-
-
-@jit
 def _ranks_of(index_TK, token, local_experts, TOP_K: tl.constexpr, WORLD: tl.constexpr):  # type: ignore
     """Bit p is set if rank p holds an expert of the token."""
     ranks = tl.full((), 0, tl.int32)
@@ -210,34 +179,6 @@ def _push_tokens(  # type: ignore[no-untyped-def]
 
 
 @jit
-def _push_rows(  # type: ignore[no-untyped-def]
-    sums_SH,
-    row_SK,
-    returned,
-    rank,
-    tokens,
-    hidden,
-    TOP_K: tl.constexpr,
-    PAD_K: tl.constexpr,
-    WORLD: tl.constexpr,
-    PROGRAMS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """One token number of all ranks at a time: as many rows in flight as there are ranks."""
-    k_1K = tl.arange(0, PAD_K)[None, :]
-    h_1H = tl.arange(0, BLOCK)[None, :]
-    source_W = (rank + tl.arange(0, WORLD)) % WORLD
-    to_W1 = _peer(returned, source_W, sums_SH)[:, None]
-    stride = tl.cast(hidden, tl.int64)
-    for token in range(tl.program_id(0), tokens, PROGRAMS):
-        from_W1 = (source_W * tokens + token)[:, None]
-        row_WK = tl.load(row_SK + from_W1 * TOP_K + k_1K, mask=k_1K < TOP_K, other=-1)
-        mask_WH = (tl.max(row_WK, 1) >= 0)[:, None] & (h_1H < hidden)
-        sums = tl.load(sums_SH + from_W1 * stride + h_1H, mask=mask_WH)
-        tl.store(to_W1 + (rank * tokens + token) * stride + h_1H, sums, mask=mask_WH)
-
-
-@jit
 def _push_sums(  # type: ignore[no-untyped-def]
     rows_RH,
     weights_R,
@@ -248,30 +189,38 @@ def _push_sums(  # type: ignore[no-untyped-def]
     tokens,
     hidden,
     TOP_K: tl.constexpr,
+    PAD_K: tl.constexpr,
     WORLD: tl.constexpr,
+    PAD_W: tl.constexpr,
     PROGRAMS: tl.constexpr,
     BLOCK: tl.constexpr,
+    TILES_H: tl.constexpr,
 ):
-    h = tl.arange(0, BLOCK)
+    """One token number of all ranks at a time: as many rows in flight as there are ranks."""
+    w = tl.arange(0, PAD_W)
+    here_W1 = (w < WORLD)[:, None]
+    source_W = (rank + w) % WORLD
+    to_W1 = _peer(returned, source_W, rows_RH)[:, None]
+    k_1K = tl.arange(0, PAD_K)[None, :]
     stride = tl.cast(hidden, tl.int64)
-    for i in range(tl.program_id(0), tokens * WORLD, PROGRAMS):
-        source = (rank + i) % WORLD
-        token = i // WORLD
-        slot = (source * tokens + token) * TOP_K
-        sum_H = tl.zeros((BLOCK,), tl.float32)
-        last = tl.full((), -1, tl.int32)
+    for item in range(tl.program_id(0), tokens * TILES_H, PROGRAMS):
+        token = item // TILES_H
+        h_1H = ((item % TILES_H) * BLOCK + tl.arange(0, BLOCK))[None, :]
+        slot_W1 = (source_W * tokens + token)[:, None] * TOP_K
+        row_WK = tl.load(row_SK + slot_W1 + k_1K, mask=here_W1 & (k_1K < TOP_K), other=-1)
+        sum_WH = tl.zeros((PAD_W, BLOCK), tl.float32)
         for k in tl.static_range(TOP_K):
-            row = tl.load(row_SK + slot + k)
-            last = tl.maximum(last, row)
-            at = row * stride
-            sum_H += tl.load(rows_RH + at + h, mask=(h < hidden) & (row >= 0), other=0.0).to(tl.float32)
-            if weights_R is not None:  # noqa: SIM102 - decided at compile time
-                if row >= 0:
-                    to = _peer(weight_grads, source, weights_R) + (rank * tokens + token) * TOP_K + k
-                    tl.store(to, tl.load(weights_R + row))
-        if last >= 0:
-            at = (rank * tokens + token) * stride
-            tl.store(_peer(returned, source, rows_RH) + at + h, sum_H.to(rows_RH.dtype.element_ty), mask=h < hidden)
+            row_W1 = tl.sum(tl.where(k_1K == k, row_WK, 0), 1)[:, None]
+            mask_WH = (row_W1 >= 0) & (h_1H < hidden)
+            sum_WH += tl.load(rows_RH + row_W1 * stride + h_1H, mask=mask_WH, other=0.0).to(tl.float32)
+        mask_WH = (tl.max(row_WK, 1) >= 0)[:, None] & (h_1H < hidden)
+        to = to_W1 + (rank * tokens + token) * stride + h_1H
+        tl.store(to, sum_WH.to(rows_RH.dtype.element_ty), mask=mask_WH)
+        if weights_R is not None:  # noqa: SIM102 - decided at compile time
+            if item % TILES_H == 0:
+                weight_WK = tl.load(weights_R + row_WK, mask=row_WK >= 0, other=0.0)
+                weight_to = _peer(weight_grads, source_W, weights_R)[:, None] + (rank * tokens + token) * TOP_K + k_1K
+                tl.store(weight_to, weight_WK, mask=row_WK >= 0)
 
 
 @jit

@@ -16,11 +16,10 @@ import torch.distributed as dist
 
 from moetrain.kernels.activation import Activation
 from moetrain.kernels.exchange import Exchange
-from moetrain.kernels.permute import sum_rows
 from moetrain.kernels.rows import Batch, ExpertWeights, backward_parameters, backward_rows, forward_rows
 
-PROGRAMS = 32
-"""Programs that push beside the products: 32 hide 80 % of their time behind two products, 132 nothing (8 H200)."""
+TOKEN_PROGRAMS, SUM_PROGRAMS = 32, 64
+"""Programs that push beside the products."""
 
 
 class OverlappedExperts:
@@ -63,17 +62,17 @@ class OverlappedExperts:
             for exchange, x, index, weights in zip(
                 self.halves, x_TH.chunk(2), index_TK.chunk(2), halves_TK, strict=True
             ):
-                exchange.post_tokens(x, index, weights, PROGRAMS)
+                exchange.post_tokens(x, index, weights, TOKEN_PROGRAMS)
                 arrived.append(self.stream.record_event())
         return arrived
 
     def post_sums(
-        self, half: int, sums_SH: torch.Tensor, weights_SK: torch.Tensor | None, row_SK: torch.Tensor
+        self, half: int, rows_RH: torch.Tensor, weights_R: torch.Tensor | None, row_SK: torch.Tensor
     ) -> torch.cuda.Event:
-        """Send the sums of one half back on the second stream."""
+        """Send the sums of one half's rows back on the second stream."""
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
-            self.halves[half].post_sums(sums_SH, weights_SK, row_SK, PROGRAMS)
+            self.halves[half].post_sums(rows_RH, weights_R, row_SK, SUM_PROGRAMS)
             event: torch.cuda.Event = self.stream.record_event()
         return event
 
@@ -91,10 +90,9 @@ class _Overlapped(torch.autograd.Function):
             main.wait_event(arrived[half])
             rows_RH, weights_R, routing = exchange.take_rows()
             out_RH, up_RG = forward_rows(rows_RH, weights_R, routing.offsets_E, weights, activation)
-            sums_SH, _ = sum_rows(out_RH, None, routing.row_TK)
-            returned.append(layer.post_sums(half, sums_SH, None, routing.row_TK))
+            returned.append(layer.post_sums(half, out_RH, None, routing.row_TK))
             saved += [rows_RH, weights_R, up_RG, routing.offsets_E, routing.row_TK]
-            in_flight.append(sums_SH)
+            in_flight.append(out_RH)
         out_TH = torch.empty_like(x_TH)
         for exchange, event, out, index in zip(layer.halves, returned, out_TH.chunk(2), index_TK.chunk(2), strict=True):
             main.wait_event(event)
@@ -111,17 +109,15 @@ class _Overlapped(torch.autograd.Function):
         weights = ExpertWeights(up, down, up_bias, down_bias, ctx.transposed)
         grad_TH = grad_TH.contiguous()
         arrived = layer.post_tokens(grad_TH, index_TK, None)
-        batches, returned, in_flight = [], [], []
+        batches, returned = [], []
         for half, exchange in enumerate(layer.halves):
             rows_RH, weights_R, up_RG, offsets_E, row_SK = saved[5 * half : 5 * half + 5]
             main.wait_event(arrived[half])
             grad_RH = exchange.take_more_rows(row_SK)
             gradients = backward_rows(grad_RH, up_RG, weights_R, offsets_E, weights, ctx.activation)
             assert gradients.rows_RH is not None
-            sums_SH, sums_SK = sum_rows(gradients.rows_RH, gradients.weights_R, row_SK)
-            returned.append(layer.post_sums(half, sums_SH, sums_SK, row_SK))
-            batches.append(Batch(rows_RH, weights_R, offsets_E, grad_RH, gradients._replace(rows_RH=None)))
-            in_flight += [sums_SH, sums_SK]
+            returned.append(layer.post_sums(half, gradients.rows_RH, gradients.weights_R, row_SK))
+            batches.append(Batch(rows_RH, weights_R, offsets_E, grad_RH, gradients))
         parameters: list[torch.Tensor | None] = [None] * 4
         if any(ctx.needs_input_grad[5:9]):
             parameters = backward_parameters(batches, weights)

@@ -8,67 +8,76 @@ Shapes: R rows, H hidden size, I intermediate size, e experts of this rank.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from moetrain.backends.peft import adapted
+from moetrain.kernels import ExpertWeights, expert_rows, experts_forward, recognise_activation
+
+_GATE = "_moetrain_gate"
 
 
-def grouped_mm(rows_RX: Tensor, weight_eXY: Tensor, offsets_e: Tensor) -> Tensor:
-    """One matrix product per group of rows: [R, Y]. Rows past the last offset are left unwritten."""
-    return nn.functional.grouped_mm(rows_RX, weight_eXY, offs=offsets_e)
-
-
-def looped_mm(rows_RX: Tensor, weight_eXY: Tensor, offsets_e: Tensor) -> Tensor:
-    """The same, expert by expert, with a host sync: for types and devices that grouped_mm refuses."""
-    ends = offsets_e.tolist()
-    groups = [rows_RX[start:end] @ weight_eXY[i] for i, (start, end) in enumerate(zip([0, *ends], ends, strict=False))]
-    rest = rows_RX.new_zeros(rows_RX.shape[0] - ends[-1], weight_eXY.shape[2])
-    return torch.cat([*groups, rest])
-
-
-MATMULS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {"grouped_mm": grouped_mm, "eager": looped_mm}
-
-
-def run_experts(experts: Any, rows_RH: Tensor, offsets_e: Tensor, weights_R: Tensor, matmul: str) -> Tensor:
-    """Weighted output of each row's expert: [R, H] in the type of the rows.
+def run_experts(experts: Any, rows_RH: Tensor, offsets_e: Tensor, weights_R: Tensor) -> Tensor:
+    """Weighted output of each row's expert, [R, H] in the type of the rows; rows past `offsets_e[-1]` are undefined.
 
     Args:
         experts: an experts module with this rank's experts as plain tensors.
-        offsets_e: int32 ends of the experts' rows; rows past the last come back undefined.
+        offsets_e: int32 ends of the experts' rows.
         weights_R: routing weights.
-        matmul: a name in `MATMULS`.
     """
-    mm = MATMULS[matmul]
-    up_name = "gate_up_proj" if experts.has_gate else "up_proj"
-    expert_of_row = _expert_of_row(rows_RH, offsets_e) if experts.has_bias else None
-
-    hidden = _linear(mm, experts, up_name, rows_RH, offsets_e, expert_of_row)
-    hidden = experts._apply_gate(hidden) if experts.has_gate else experts.act_fn(hidden)
-    out = _linear(mm, experts, "down_proj", hidden, offsets_e, expert_of_row)
-    if experts.has_post_expert_norm:
-        out = experts.post_expert_norm(out)
-    return (out * weights_R.unsqueeze(1)).to(rows_RH.dtype)
-
-
-def _linear(
-    mm: Callable[[Tensor, Tensor, Tensor], Tensor],
-    experts: Any,
-    name: str,
-    rows: Tensor,
-    offsets_e: Tensor,
-    expert_of_row: Tensor | None,
-) -> Tensor:
-    weight = adapted(experts, name)
+    if experts.has_post_expert_norm or _implementation(experts) == "eager":
+        return looped_experts(experts, rows_RH, offsets_e, weights_R)
+    weights = expert_weights(experts)
     # autocast hands over rows in another type than the weights
-    out = mm(rows.to(weight.dtype), weight if experts.is_transposed else weight.transpose(1, 2), offsets_e)
-    return out if expert_of_row is None else out + getattr(experts, f"{name}_bias")[expert_of_row]
+    out = expert_rows(rows_RH.to(weights.up.dtype), offsets_e, weights_R, weights, gate_of(experts))
+    return out.to(rows_RH.dtype)
 
 
-def _expert_of_row(rows: Tensor, offsets_e: Tensor) -> Tensor:
-    """Local expert of each row, the last one for rows past the end: int64 [R]."""
-    positions = torch.arange(rows.shape[0], device=rows.device, dtype=offsets_e.dtype)
-    return torch.searchsorted(offsets_e, positions, right=True).clamp_(max=offsets_e.shape[0] - 1)
+def run_all_experts(experts: Any, tokens_TH: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor) -> Tensor | None:
+    """Weighted sum over each token's experts, all of them on this rank, in one operator that keeps no copy of the
+    tokens for the backward; None where the module needs the steps one by one."""
+    if experts.has_post_expert_norm or _implementation(experts) == "eager":
+        return None
+    weights = expert_weights(experts)
+    out = experts_forward(tokens_TH.to(weights.up.dtype), expert_ids_TK, weights_TK, weights, gate_of(experts))
+    return out.to(tokens_TH.dtype)
+
+
+def looped_experts(experts: Any, rows_RH: Tensor, offsets_e: Tensor, weights_R: Tensor) -> Tensor:
+    """`run_experts` expert by expert with torch's operators, and a host sync: the reference."""
+    weights = expert_weights(experts)
+    ends = offsets_e.tolist()
+    outputs = []
+    for e, (start, end) in enumerate(zip([0, *ends], ends, strict=False)):
+        up, down = (weight[e] if weights.transposed else weight[e].t() for weight in (weights.up, weights.down))
+        hidden = rows_RH[start:end].to(up.dtype) @ up
+        if weights.up_bias is not None:
+            hidden = hidden + weights.up_bias[e]
+        hidden = (experts._apply_gate(hidden) if experts.has_gate else experts.act_fn(hidden)) @ down
+        if weights.down_bias is not None:
+            hidden = hidden + weights.down_bias[e]
+        if experts.has_post_expert_norm:
+            hidden = experts.post_expert_norm(hidden)
+        outputs.append((hidden * weights_R[start:end, None]).to(rows_RH.dtype))
+    return torch.cat([*outputs, rows_RH.new_zeros(rows_RH.shape[0] - ends[-1], rows_RH.shape[1])])
+
+
+def expert_weights(experts: Any) -> ExpertWeights:
+    """Parameters of this rank's experts, with the updates of active adapters."""
+    up = "gate_up_proj" if experts.has_gate else "up_proj"
+    biases = (getattr(experts, f"{up}_bias"), experts.down_proj_bias) if experts.has_bias else (None, None)
+    return ExpertWeights(adapted(experts, up), adapted(experts, "down_proj"), *biases, experts.is_transposed)
+
+
+def gate_of(experts: Any) -> Any:
+    """The kernels' row for the module's activation, or the module's own function where they have none."""
+    if _GATE not in experts.__dict__:
+        own = experts._apply_gate if experts.has_gate else experts.act_fn
+        experts.__dict__[_GATE] = recognise_activation(experts) or own
+    return experts.__dict__[_GATE]
+
+
+def _implementation(experts: Any) -> str | None:
+    return getattr(experts.config, "_experts_implementation", None)

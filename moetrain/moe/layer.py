@@ -16,7 +16,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from moetrain.backends.peft import support_sharded_experts
 from moetrain.moe.dispatch import DISPATCHERS, Dispatcher, build_dispatcher
 from moetrain.moe.dispatch.local import LocalDispatcher
-from moetrain.moe.experts import MATMULS, run_experts
+from moetrain.moe.experts import run_all_experts, run_experts
 
 NAME = "moetrain"
 """Name in both of Transformers' registries."""
@@ -27,19 +27,16 @@ def moe_forward(
 ) -> Tensor:
     """Weighted sum of the chosen experts' outputs for each token: [T, H] in the type of the tokens."""
     dispatched = dispatcher.dispatch(tokens_TH, expert_ids_TK, weights_TK)
-    rows_RH = run_experts(experts, dispatched.rows_RH, dispatched.offsets_e, dispatched.weights_R, matmul_of(experts))
+    rows_RH = run_experts(experts, dispatched.rows_RH, dispatched.offsets_e, dispatched.weights_R)
     return dispatcher.combine(rows_RH, dispatched)
-
-
-def matmul_of(experts: Any) -> str:
-    """The arithmetic that `experts_implementation` asks for; `moetrain` stands for the fastest that fits."""
-    requested = getattr(experts.config, "_experts_implementation", None)
-    return requested if requested in MATMULS else "grouped_mm"
 
 
 def local_experts_forward(experts: Any, tokens_TH: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
     """Experts function for models whose experts are all on this rank."""
-    return moe_forward(experts, LocalDispatcher(experts.num_experts), tokens_TH, expert_ids_TK, weights_TK)
+    out = run_all_experts(experts, tokens_TH, expert_ids_TK, weights_TK)
+    if out is None:
+        out = moe_forward(experts, LocalDispatcher(experts.num_experts), tokens_TH, expert_ids_TK, weights_TK)
+    return out
 
 
 class MoetrainEP(EPImplementation):

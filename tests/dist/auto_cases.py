@@ -88,9 +88,9 @@ def random_model(rank: int, world_size: int, family: str, layout: dict[str, Any]
     }
 
 
-def checkpointed(rank: int, world_size: int, folder: str) -> dict[str, Any]:
+def checkpointed(rank: int, world_size: int, family: str, folder: str) -> dict[str, Any]:
     """Gradients and the number of exchanges of each mode of activation checkpointing."""
-    save_plain(rank, "qwen3_moe", folder)
+    save_plain(rank, family, folder)
     exchanges = 0
     original = dist.all_to_all_single
 
@@ -107,12 +107,13 @@ def checkpointed(rank: int, world_size: int, folder: str) -> dict[str, Any]:
             checkpoint_activations(model, mode)
             exchanges = 0
             model(**batch(rank), use_cache=False).loss.backward()
-            results[mode] = (exchanges, {name: full(p.grad) for name, p in model.named_parameters()})
+            grads = {name: full(p.grad) for name, p in model.named_parameters() if p.grad is not None}
+            results[mode] = (exchanges, grads)
     finally:
         dist.all_to_all_single = original
     reference = results["none"][1]
     return {
-        mode: (count, max((grads[name] - reference[name]).abs().max().item() for name in reference))
+        mode: (count, max((grads[name] - grad).abs().max().item() for name, grad in reference.items()))
         for mode, (count, grads) in results.items()
     }
 

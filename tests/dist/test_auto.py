@@ -45,8 +45,9 @@ def test_from_config_draws_every_shard_apart(family: str) -> None:
     assert ranks[0]["dense_shard_sum"] != ranks[1]["dense_shard_sum"]
 
 
-def test_selective_checkpointing_sends_nothing_again(tmp_path: Path) -> None:
-    modes = run_ranks(checkpointed, 2, str(tmp_path))[0]
+@pytest.mark.parametrize("family", ["qwen3_moe", "nemotron_h+latent", "gpt_oss", "deepseek_v3"])
+def test_selective_checkpointing_sends_nothing_again(family: str, tmp_path: Path) -> None:
+    modes = run_ranks(checkpointed, 2, family, str(tmp_path))[0]
     exchanges = {mode: count for mode, (count, _) in modes.items()}
     assert exchanges["selective"] == exchanges["none"]
     assert exchanges["full"] > exchanges["none"]

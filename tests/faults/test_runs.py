@@ -270,3 +270,4 @@ def test_what_any_rank_finds_stops_all_and_is_told_once(tmp_path: Path, start: A
     assert code == 2 and "Traceback" not in output, output
     assert output.count("error: ") == 1 and message in output, output
     assert not (folder / "out" / "model").exists() and newest(folder) == 0
+    assert case != "layout" or not (folder / "start").exists(), "a wrong layout is found before anything is made"

@@ -9,12 +9,12 @@ import torch.distributed as dist
 
 from moetrain.moe.dispatch.alltoall import AllToAllDispatcher
 from moetrain.moe.dispatch.base import Dispatched, Dispatcher
-from moetrain.moe.dispatch.collectives import COMMUNICATION_OPS
+from moetrain.moe.dispatch.collectives import keep_received
 from moetrain.moe.dispatch.local import LocalDispatcher
 
 DISPATCHERS = ("local", "alltoall")
 
-__all__ = ["COMMUNICATION_OPS", "DISPATCHERS", "Dispatched", "Dispatcher", "build_dispatcher"]
+__all__ = ["DISPATCHERS", "Dispatched", "Dispatcher", "build_dispatcher", "keep_received"]
 
 
 def build_dispatcher(name: str, num_experts: int, group: dist.ProcessGroup | None) -> Dispatcher:

@@ -12,16 +12,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moetrain.moe.dispatch.base import Dispatched, Dispatcher, Permutation, at_least_one_row, exclusive_sum
+from moetrain.kernels import Routing, permute, route_sort, unpermute_reduce
+from moetrain.moe.dispatch.base import Dispatched, Dispatcher
 from moetrain.moe.dispatch.collectives import all_to_all_rows, exchange_counts
-from moetrain.moe.dispatch.permute import permute, permute_weights, unpermute_sum
 
 
 @dataclass(frozen=True)
 class _AllToAllDispatched(Dispatched):
-    permutation: Permutation
-    expert_order_R: Tensor  # received row (source rank major) of each row in expert order
-    received_order_R: Tensor  # its inverse
+    sent: Routing
+    """This rank's slots in the order of all experts."""
+    received: Routing
+    """The rows that came, by source rank, in the order of this rank's experts."""
     send_sizes: list[int]
     recv_sizes: list[int]
 
@@ -42,52 +43,43 @@ class AllToAllDispatcher(Dispatcher):
         self.num_local = num_experts // self.ep_size
 
     def dispatch(self, tokens_TH: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor) -> _AllToAllDispatched:
-        permutation = Permutation(expert_ids_TK, self.num_experts)
-        send_counts = permutation.counts_E.view(self.ep_size, self.num_local)
+        sent = route_sort(expert_ids_TK, self.num_experts)
+        send_counts = sent.counts_E.view(self.ep_size, self.num_local)
         recv_counts = exchange_counts(send_counts, self.group_name)
         send_sizes, recv_sizes = torch.stack([send_counts.sum(1), recv_counts.sum(1)]).tolist()
 
-        used = sum(send_sizes)  # slots without an expert sort last and stay here
-        rows = all_to_all_rows(permute(tokens_TH, permutation)[:used], recv_sizes, send_sizes, self.group_name)
-        weights = permute_weights(weights_TK, permutation)[:used].unsqueeze(1)
-        weights = all_to_all_rows(weights, recv_sizes, send_sizes, self.group_name).squeeze(1)
+        rows, weights = permute(tokens_TH, weights_TK, sent)
+        used = sum(send_sizes)  # slots without an expert have no row
+        rows = all_to_all_rows(rows[:used], recv_sizes, send_sizes, self.group_name)
+        weights = all_to_all_rows(weights[:used].unsqueeze(1), recv_sizes, send_sizes, self.group_name)
 
-        expert_order, received_order = _expert_major(recv_counts, sum(recv_sizes))
+        received = route_sort(_expert_of_received(recv_counts, sum(recv_sizes)).unsqueeze(1), self.num_local)
+        rows, weights = permute(rows, weights, received)
         return _AllToAllDispatched(
-            rows_RH=at_least_one_row(rows[expert_order]),
-            offsets_e=recv_counts.sum(0).cumsum(0).to(torch.int32),
-            weights_R=at_least_one_row(weights[expert_order]),
-            permutation=permutation,
-            expert_order_R=expert_order,
-            received_order_R=received_order,
+            rows_RH=_at_least_one_row(rows),
+            offsets_e=received.offsets_E,
+            weights_R=_at_least_one_row(weights),
+            sent=sent,
+            received=received,
             send_sizes=send_sizes,
             recv_sizes=recv_sizes,
         )
 
     def combine(self, rows_RH: Tensor, dispatched: Dispatched) -> Tensor:
         assert isinstance(dispatched, _AllToAllDispatched)
-        rows = rows_RH[dispatched.received_order_R]
+        rows = unpermute_reduce(rows_RH, dispatched.received)
         rows = all_to_all_rows(rows, dispatched.send_sizes, dispatched.recv_sizes, self.group_name)
-        num_slots = dispatched.permutation.order_N.numel()
-        if rows.shape[0] < num_slots:
-            rows = torch.cat([rows, rows.new_zeros(num_slots - rows.shape[0], rows.shape[1])])
-        return unpermute_sum(rows, dispatched.permutation)
+        return unpermute_reduce(rows, dispatched.sent)
 
 
-def _expert_major(recv_counts: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
-    """Orders between rows as received (source rank, then expert) and as computed (expert, then source rank).
+def _expert_of_received(recv_counts: Tensor, num_rows: int) -> Tensor:
+    """Local expert of each row as it came, from the counts [ranks, e] by source rank and expert: [R]."""
+    ranks, num_local = recv_counts.shape
+    experts = torch.arange(num_local, device=recv_counts.device).repeat(ranks)
+    return experts.repeat_interleave(recv_counts.reshape(-1), output_size=num_rows)
 
-    Args:
-        recv_counts: int64 [ranks, e], rows received from each rank for each local expert.
 
-    Returns:
-        received row of each computed row, and computed row of each received row: int64 [R].
-    """
-    starts = exclusive_sum(recv_counts.t().reshape(-1)).view(recv_counts.shape[1], recv_counts.shape[0]).t()
-    shift = (starts.reshape(-1) - exclusive_sum(recv_counts.reshape(-1))).repeat_interleave(
-        recv_counts.reshape(-1), output_size=num_rows
-    )
-    received = torch.arange(num_rows, device=recv_counts.device)
-    computed_of_received = received + shift
-    received_of_computed = torch.empty_like(received).scatter_(0, computed_of_received, received)
-    return received_of_computed, computed_of_received
+def _at_least_one_row(rows: Tensor) -> Tensor:
+    """A rank that receives nothing still runs its experts on one row that no expert owns, so that its parameters take
+    part in the backward's collectives with zero gradients."""
+    return rows if rows.shape[0] else rows.new_zeros(1, *rows.shape[1:]) + rows.sum()

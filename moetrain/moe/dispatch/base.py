@@ -9,7 +9,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 
@@ -21,7 +20,7 @@ class Dispatched:
         rows_RH: input rows, those of local expert 0 first, then expert 1, ...; at least one row.
         offsets_e: int32, the end of each local expert's rows (inclusive cumulative counts). Rows past
             `offsets_e[-1]` belong to no expert and may hold anything.
-        weights_R: routing weight of each row.
+        weights_R: routing weight of each row, fp32.
     """
 
     rows_RH: Tensor
@@ -54,33 +53,3 @@ class Dispatcher(ABC):
             rows_RH: the experts' outputs, already multiplied by their routing weights, in the order of
                 `dispatched.rows_RH`.
         """
-
-
-def exclusive_sum(counts: Tensor) -> Tensor:
-    """Start of each group from the groups' sizes along the last axis."""
-    return counts.cumsum(-1) - counts
-
-
-def at_least_one_row(rows_RH: Tensor) -> Tensor:
-    """A rank that receives nothing still runs its experts on one row that no expert owns, so that its parameters take
-    part in the backward's collectives with zero gradients."""
-    return rows_RH if rows_RH.shape[0] else rows_RH.new_zeros(1, *rows_RH.shape[1:]) + rows_RH.sum()
-
-
-class Permutation:
-    """The stable order of T*K routed slots by expert.
-
-    Attributes:
-        order_N: slot (t*K + k) of each row, N = the T*K slots, unused ones last.
-        inverse_N: row of each slot.
-        counts_E: int64 rows of each expert.
-    """
-
-    def __init__(self, expert_ids_TK: Tensor, num_experts: int) -> None:
-        self.top_k = expert_ids_TK.shape[1]
-        ids_N = expert_ids_TK.reshape(-1).clamp(max=num_experts)
-        self.order_N = torch.argsort(ids_N, stable=True)
-        positions_N = torch.arange(ids_N.numel(), device=ids_N.device)
-        self.inverse_N = torch.empty_like(self.order_N).scatter_(0, self.order_N, positions_N)
-        # scatter_add instead of bincount: its output size is known without a host sync
-        self.counts_E = ids_N.new_zeros(num_experts + 1).scatter_add_(0, ids_N, torch.ones_like(ids_N))[:num_experts]

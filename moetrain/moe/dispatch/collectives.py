@@ -1,11 +1,14 @@
-"""All-to-all as custom operators.
+"""All-to-all with autograd, and a memory of what it received for selective activation checkpointing.
 
-Operators, not plain calls, because selective activation checkpointing recognises what to keep by operator, and
-because autograd needs their backward, which is the same exchange with the sizes swapped.
+Torch's own selective checkpointing matches every operator of the recomputation with the forward's by position, which
+the hooks of nested FSDP2 groups break. Only communication is to be kept here, so only communication keeps it.
 """
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -14,47 +17,82 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import _resolve_process_group
 
 
-def _group(name: str) -> dist.ProcessGroup:
-    # operators take no process groups, only their names
-    return _resolve_process_group(name)  # type: ignore[arg-type]
+class _Tape:
+    """What the exchanges of one checkpointed region received, in order."""
+
+    def __init__(self) -> None:
+        self.received: list[Tensor] = []
+        self.position = 0
+        self.replays = False
+
+    def next(self, exchange: Callable[[], Tensor]) -> Tensor:
+        if not self.replays:
+            self.received.append(exchange())
+            return self.received[-1]
+        self.position += 1
+        return self.received[self.position - 1]
 
 
-@torch.library.custom_op("moetrain::exchange_counts", mutates_args=())
+_tape: ContextVar[_Tape | None] = ContextVar("tape", default=None)
+
+
+def keep_received() -> tuple[Any, Any]:
+    """`context_fn` of `torch.utils.checkpoint.checkpoint`: the recomputation takes what the forward received and sends
+    nothing."""
+    tape = _Tape()
+    return _running(tape, replays=False), _running(tape, replays=True)
+
+
+@contextlib.contextmanager
+def _running(tape: _Tape, replays: bool) -> Iterator[None]:
+    tape.position, tape.replays = 0, replays
+    token = _tape.set(tape)
+    try:
+        yield
+    finally:
+        _tape.reset(token)
+
+
 def exchange_counts(counts: Tensor, group_name: str) -> Tensor:
     """Row r of `counts` [ranks, n] goes to rank r; row r of the result came from rank r."""
-    received = torch.empty_like(counts)
-    dist.all_to_all_single(received, counts.contiguous(), group=_group(group_name))
-    return received
+
+    def exchange() -> Tensor:
+        received = torch.empty_like(counts)
+        dist.all_to_all_single(received, counts.contiguous(), group=_group(group_name))
+        return received
+
+    return _receive(exchange)
 
 
-@exchange_counts.register_fake
-def _(counts: Tensor, group_name: str) -> Tensor:
-    return torch.empty_like(counts)
-
-
-@torch.library.custom_op("moetrain::all_to_all_rows", mutates_args=())
 def all_to_all_rows(rows: Tensor, recv_sizes: list[int], send_sizes: list[int], group_name: str) -> Tensor:
     """The first `send_sizes[0]` rows go to rank 0, the next `send_sizes[1]` to rank 1, ...; the result holds
     `recv_sizes[0]` rows from rank 0, then those from rank 1, ... Differentiable."""
+    received: Tensor = _AllToAllRows.apply(rows, recv_sizes, send_sizes, group_name)
+    return received
+
+
+class _AllToAllRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, recv_sizes: list[int], send_sizes: list[int], group_name: str) -> Tensor:
+        ctx.sizes = (send_sizes, recv_sizes, group_name)
+        return _receive(lambda: _exchange_rows(rows, recv_sizes, send_sizes, group_name))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        return _exchange_rows(grads[0], *ctx.sizes), None, None, None
+
+
+def _exchange_rows(rows: Tensor, recv_sizes: list[int], send_sizes: list[int], group_name: str) -> Tensor:
     received = rows.new_empty(sum(recv_sizes), *rows.shape[1:])
     dist.all_to_all_single(received, rows.contiguous(), recv_sizes, send_sizes, group=_group(group_name))
     return received
 
 
-@all_to_all_rows.register_fake
-def _(rows: Tensor, recv_sizes: list[int], send_sizes: list[int], group_name: str) -> Tensor:
-    return rows.new_empty(sum(recv_sizes), *rows.shape[1:])
+def _receive(exchange: Callable[[], Tensor]) -> Tensor:
+    tape = _tape.get()
+    return exchange() if tape is None else tape.next(exchange)
 
 
-def _save_sizes(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, ctx.recv_sizes, ctx.send_sizes, ctx.group_name = inputs
-
-
-def _exchange_back(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-    return all_to_all_rows(grad, ctx.send_sizes, ctx.recv_sizes, ctx.group_name), None, None, None
-
-
-all_to_all_rows.register_autograd(_exchange_back, setup_context=_save_sizes)
-
-COMMUNICATION_OPS = (torch.ops.moetrain.exchange_counts.default, torch.ops.moetrain.all_to_all_rows.default)
-"""What selective activation checkpointing keeps, so that recomputation sends nothing."""
+def _group(name: str) -> dist.ProcessGroup:
+    # a group by its name: modules that hold groups cannot be copied
+    return _resolve_process_group(name)  # type: ignore[arg-type]
