@@ -371,7 +371,8 @@ def _sum_of_squares(tensors: list[Tensor], like: Tensor) -> Tensor:
     if like.device.type == "cpu":
         # the CPU sums in order: 2e-3 off for 50M elements in one piece, and fp64 sums take 10 times as long
         tensors = [piece for tensor in tensors for piece in tensor.reshape(-1).split(2**16)]
-    norms = torch.stack(torch._foreach_norm(tensors, 2.0, dtype=torch.float32))
+    dtype = torch.promote_types(tensors[0].dtype, torch.float32)
+    norms = torch.stack(torch._foreach_norm(tensors, 2.0, dtype=dtype))
     return norms.to(like.dtype).square().sum()
 
 

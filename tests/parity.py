@@ -37,6 +37,10 @@ class Parity:
     error: str | None = None
 
 
+FP64 = ("hy_v4",)
+"""Families compared in fp64: a few scalar gradients of hy_v4's hyper-connections are sums whose terms cancel so far that
+plain Transformers itself is 3e-5 from its fp64 result in fp32."""
+
 FAILED = Parity(float("inf"), float("inf"), float("inf"), "", float("inf"), (), False, False)
 
 
@@ -57,14 +61,15 @@ def parity_of_families(
 
 
 def parity_of(rank: int, world_size: int, family: str, layout: dict[str, Any], folder: Path) -> Parity:
-    plain = build(family).to(device())
+    dtype = torch.float64 if family in FP64 else torch.float32
+    plain = build(family).to(device(), dtype)
     if rank == 0:
         plain.save_pretrained(folder / "plain")
     dist.barrier()
     config = DistributedConfig(**layout)
-    sharded = AutoModelForCausalLM.from_pretrained(
-        folder / "plain", dtype=torch.float32, distributed_config=config
-    ).train(plain.training)
+    sharded = AutoModelForCausalLM.from_pretrained(folder / "plain", dtype=dtype, distributed_config=config).train(
+        plain.training
+    )
 
     # load -> save is compared before any gradient: what is read is what is written
     sharded.save_pretrained(folder / "sharded")
@@ -74,22 +79,26 @@ def parity_of(rank: int, world_size: int, family: str, layout: dict[str, Any], f
     batches = [{name: ids.to(device()) for name, ids in batch(seed).items()} for seed in range(world_size)]
     plain.set_experts_implementation("eager")
     correct_after_load(plain)  # the one deliberate difference from plain Transformers
-    reference = plain(**{k: torch.cat([b[k] for b in batches]) for k in batches[0]}, use_cache=False)
-    reference.loss.backward()
+    # batch by batch, as the ranks see them
+    reference_loss = 0.0
+    for number, inputs in enumerate(batches):
+        reference = plain(**inputs, use_cache=False)
+        (reference.loss / world_size).backward()
+        reference_loss += reference.loss.item() / world_size
+        if number == rank:
+            expected_logits = reference.logits.detach()
     output = sharded(**batches[rank], use_cache=False)
     output.loss.backward()
 
     loss = output.loss.detach().clone()
     dist.all_reduce(loss)
-    rows = batches[0]["input_ids"].shape[0]
-    expected_logits = reference.logits[rank * rows : (rank + 1) * rows]
     gradients, worst, missing = _gradient_difference(plain, sharded)
     norm = clip_grad_norm(sharded.parameters(), 0.1)
     expected_norm = torch.nn.utils.clip_grad_norm_(plain.parameters(), 0.1)
     clipped, _, _ = _gradient_difference(plain, sharded)
     result = Parity(
-        loss=abs(loss.item() / world_size - reference.loss.item()) / abs(reference.loss.item()),
-        logits=_all_max(_relative(output.logits.detach(), expected_logits.detach())),
+        loss=abs(loss.item() / world_size - reference_loss) / abs(reference_loss),
+        logits=_all_max(_relative(output.logits.detach(), expected_logits)),
         gradients=max(gradients, clipped),
         worst_gradient=worst,
         norm=abs(norm.item() - expected_norm.item()) / expected_norm.item(),
@@ -106,7 +115,7 @@ def parity_of(rank: int, world_size: int, family: str, layout: dict[str, Any], f
 def _same_checkpoint(plain: Any, folder: Path) -> tuple[bool, bool]:
     """Whether the sharded save has the plain save's tensors, and loads in plain Transformers to the same weights."""
     same_keys = _keys(folder / "plain") == _keys(folder / "sharded")
-    again = PlainAutoModelForCausalLM.from_pretrained(folder / "sharded", dtype=torch.float32)
+    again = PlainAutoModelForCausalLM.from_pretrained(folder / "sharded", dtype=plain.dtype)
     ours, theirs = again.state_dict(), plain.state_dict()
     same = ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key].cpu()) for key in theirs)
     return same_keys, same
@@ -132,7 +141,7 @@ def _gradient_difference(plain: Any, sharded: Any) -> tuple[float, str, tuple[st
             continue
         full = got.full_tensor() if isinstance(got, DTensor) else got
         # a gradient that is rounding noise beside the model's others is compared on their scale
-        difference = _relative(full, expected, floor=1e-3 * largest)
+        difference = _relative(full, expected, floor=1e-4 * largest)
         if difference > worst:
             worst, worst_name = difference, name
     return worst, worst_name, tuple(missing)

@@ -94,9 +94,11 @@ def check_exchange(exchange: Exchange, x_TH: torch.Tensor, index_TK: torch.Tenso
 
         ids = index_TK.int()
         exchange.post_tokens(x_TH, ids, None)
+        exchange.settle()
         grad_rows = exchange.take_more_rows(routing.row_TK)
         assert torch.equal(grad_rows[:used], expected_rows[:used]), "gradient rows differ"
         exchange.post_sums(grad_rows, row_weights, routing.row_TK)
+        exchange.settle()
         _, grad_weights = exchange.take_sums(ids, weighted=True)
         assert grad_weights is not None
         assert torch.equal(grad_weights, weights_TK), "gradients of the weights differ"
@@ -195,13 +197,15 @@ def _time_nvlink(exchange: Exchange, x: torch.Tensor, index: torch.Tensor, weigh
 
     def backward() -> None:
         exchange.post_tokens(x, ids, None)
+        exchange.settle()
         exchange.post_sums(exchange.take_more_rows(routing.row_TK), row_weights, routing.row_TK)
+        exchange.settle()
         exchange.take_sums(ids, weighted=True)
 
     return [
         timed("push choices", lambda: push_choices(ids, weights, exchange.choices.table, exchange.weights.table, rank)),
         timed("push tokens", lambda: push_tokens(x, ids, tokens_table, rank, experts), remote),
-        timed("barrier", lambda: exchange._handle.barrier(0)),
+        timed("barrier", exchange.settle),
         timed("route_sort", lambda: route_sort(exchange.choices.local, experts, exchange.capacity, rank * experts)),
         timed(
             "permute",

@@ -97,11 +97,14 @@ class Exchange:
         programs: int = TOKEN_PROGRAMS,
     ) -> None:
         """Bring tokens to the ranks of their experts (int32 ids), with the choices and weights (fp32) where given.
-        `take_rows` or `take_more_rows` may follow on any stream that waits for this one."""
+        After `settle`, `take_rows` or `take_more_rows` may follow on any stream that waits for this one."""
         self._before("sent")
         if weights_TK is not None:
             push_choices(index_TK, weights_TK, self.choices.table, self.weights.table, self.rank)
         push_tokens(x_TH, index_TK, self.sent.table, self.rank, self.num_local_experts, programs)
+
+    def settle(self) -> None:
+        """Wait until what every rank posted has arrived."""
         self._handle.barrier(0)
 
     def take_rows(self) -> tuple[torch.Tensor, torch.Tensor, Routing]:
@@ -123,11 +126,10 @@ class Exchange:
         programs: int = SUM_PROGRAMS,
     ) -> None:
         """Sum each token's rows and bring the sums back to the tokens' ranks, and the rows' weights where given.
-        `take_sums` may follow on any stream that waits for this one."""
+        After `settle`, `take_sums` may follow on any stream that waits for this one."""
         self._before("returned")
         tables = self.returned.table, self.weight_grads.table
         push_sums(rows_RH, weights_R, row_SK, *tables, self.rank, programs)
-        self._handle.barrier(0)
 
     def take_sums(
         self, index_TK: torch.Tensor, weighted: bool, out_TH: torch.Tensor | None = None
@@ -140,7 +142,7 @@ class Exchange:
         """A buffer may be written once every rank has read what was in it: the barrier of a use of the other buffer
         says so; two uses of the same need one more."""
         if self._busy == buffer:
-            self._handle.barrier(0)
+            self.settle()
         self._busy = buffer
 
 
@@ -149,6 +151,7 @@ class _Dispatch(torch.autograd.Function):
     def forward(ctx, x_TH, weights_TK, index_TK, exchange):  # type: ignore[no-untyped-def]
         index_TK = index_TK.int()
         exchange.post_tokens(x_TH, index_TK, weights_TK.float())
+        exchange.settle()
         rows_RH, weights_R, routing = exchange.take_rows()
         ctx.exchange, ctx.weights_dtype = exchange, weights_TK.dtype
         ctx.save_for_backward(index_TK, routing.row_TK)
@@ -159,6 +162,7 @@ class _Dispatch(torch.autograd.Function):
     def backward(ctx, grad_RH, grad_weights_R, *_):  # type: ignore[no-untyped-def]
         index_TK, row_SK = ctx.saved_tensors
         ctx.exchange.post_sums(grad_RH, grad_weights_R, row_SK)
+        ctx.exchange.settle()
         grad_x_TH, grad_weights_TK = ctx.exchange.take_sums(index_TK, weighted=True)
         return grad_x_TH, grad_weights_TK.to(ctx.weights_dtype), None, None
 
@@ -169,12 +173,14 @@ class _Combine(torch.autograd.Function):
         ctx.exchange, index_TK = exchange, index_TK.int()
         ctx.save_for_backward(index_TK, row_SK)
         exchange.post_sums(rows_RH, None, row_SK)
+        exchange.settle()
         return exchange.take_sums(index_TK, weighted=False)[0]
 
     @staticmethod
     def backward(ctx, grad_TH):  # type: ignore[no-untyped-def]
         index_TK, row_SK = ctx.saved_tensors
         ctx.exchange.post_tokens(grad_TH, index_TK, None)
+        ctx.exchange.settle()
         return ctx.exchange.take_more_rows(row_SK), None, None, None
 
 

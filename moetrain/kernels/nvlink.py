@@ -13,8 +13,8 @@ from moetrain.kernels._triton import cdiv, jit, next_power_of_2, tl
 TOKEN_PROGRAMS, SUM_PROGRAMS = 132, 264
 """Programs that push tokens and sums when nothing else runs. Of 32 to 2,112 all from 64 and 132 on are within 5 % of
 the best (8 H200): the links are the limit."""
-SUM_BLOCK = 512
-"""Columns of a program's tile of sums: 136 registers a thread, so that it fits beside two programs of a product."""
+SUM_BLOCK = 1024
+"""Columns of a program's tile of sums."""
 
 
 def push_choices(

@@ -1,8 +1,7 @@
-"""Experts on several ranks whose exchange hides behind their arithmetic.
+"""Experts on several ranks, with the part of their exchange that hides well behind their arithmetic.
 
-The tokens of a rank go in two halves: while the experts work on one, the other travels on a second stream by few
-programs, so that the products keep nearly all of the GPU. In the backward the gradients of the parameters, which no
-other rank waits for, run while the last tokens' gradients travel.
+Tokens go in two halves: while the experts work on the first, the second travels on another stream. In the backward the
+tokens' gradients travel back while the parameters' gradients, which no other rank waits for, are computed.
 
 Shapes as in exchange.py; G is the width of the up projection.
 """
@@ -18,8 +17,9 @@ from moetrain.kernels.activation import Activation
 from moetrain.kernels.exchange import Exchange
 from moetrain.kernels.rows import Batch, ExpertWeights, backward_parameters, backward_rows, forward_rows
 
-TOKEN_PROGRAMS, SUM_PROGRAMS = 32, 64
-"""Programs that push beside the products."""
+TOKEN_PROGRAMS, SUM_PROGRAMS = 32, 132
+"""Programs that push beside the products. 32 push tokens at 93 % of the links' rate and cost the products a fifth of
+that time; sums wait for eight reads each and need more (8 H200)."""
 
 
 class OverlappedExperts:
@@ -63,40 +63,36 @@ class OverlappedExperts:
                 self.halves, x_TH.chunk(2), index_TK.chunk(2), halves_TK, strict=True
             ):
                 exchange.post_tokens(x, index, weights, TOKEN_PROGRAMS)
+                exchange.settle()
                 arrived.append(self.stream.record_event())
         return arrived
 
-    def post_sums(
-        self, half: int, rows_RH: torch.Tensor, weights_R: torch.Tensor | None, row_SK: torch.Tensor
-    ) -> torch.cuda.Event:
-        """Send the sums of one half's rows back on the second stream."""
-        self.stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self.stream):
-            self.halves[half].post_sums(rows_RH, weights_R, row_SK, SUM_PROGRAMS)
-            event: torch.cuda.Event = self.stream.record_event()
-        return event
+    def take_sums(self, index_TK: torch.Tensor, weighted: bool, out_TH: torch.Tensor) -> list[torch.Tensor]:
+        """Sums of both halves into `out_TH`; the weights of the choices of each half if `weighted`."""
+        weights = []
+        for exchange, out, index in zip(self.halves, out_TH.chunk(2), index_TK.chunk(2), strict=True):
+            weights.append(exchange.take_sums(index, weighted, out)[1])
+        return [half for half in weights if half is not None]
 
 
 class _Overlapped(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_TH, weights_TK, index_TK, layer, activation, *experts):  # type: ignore[no-untyped-def]
-        main = torch.cuda.current_stream()
         x_TH, index_TK, weights = x_TH.contiguous(), index_TK.int(), ExpertWeights(*experts)
-        # what the second stream reads must live until this one has waited for it, so nothing here is a temporary
+        # what the second stream reads must live until this one has waited for it: no temporaries
         fp32_weights_TK = weights_TK.float()
         arrived = layer.post_tokens(x_TH, index_TK, fp32_weights_TK)
-        saved, returned, in_flight = [], [], []
-        for half, exchange in enumerate(layer.halves):
-            main.wait_event(arrived[half])
+        saved = []
+        for exchange, event in zip(layer.halves, arrived, strict=True):
+            torch.cuda.current_stream().wait_event(event)
             rows_RH, weights_R, routing = exchange.take_rows()
             out_RH, up_RG = forward_rows(rows_RH, weights_R, routing.offsets_E, weights, activation)
-            returned.append(layer.post_sums(half, out_RH, None, routing.row_TK))
+            exchange.post_sums(out_RH, None, routing.row_TK)
             saved += [rows_RH, weights_R, up_RG, routing.offsets_E, routing.row_TK]
-            in_flight.append(out_RH)
+        for exchange in layer.halves:
+            exchange.settle()
         out_TH = torch.empty_like(x_TH)
-        for exchange, event, out, index in zip(layer.halves, returned, out_TH.chunk(2), index_TK.chunk(2), strict=True):
-            main.wait_event(event)
-            exchange.take_sums(index, weighted=False, out_TH=out)
+        layer.take_sums(index_TK, False, out_TH)
         ctx.layer, ctx.activation, ctx.transposed, ctx.dtype = layer, activation, weights.transposed, weights_TK.dtype
         ctx.save_for_backward(index_TK, *saved, *experts[:4])
         return out_TH
@@ -109,22 +105,25 @@ class _Overlapped(torch.autograd.Function):
         weights = ExpertWeights(up, down, up_bias, down_bias, ctx.transposed)
         grad_TH = grad_TH.contiguous()
         arrived = layer.post_tokens(grad_TH, index_TK, None)
-        batches, returned = [], []
-        for half, exchange in enumerate(layer.halves):
+        batches = []
+        for half, (exchange, event) in enumerate(zip(layer.halves, arrived, strict=True)):
             rows_RH, weights_R, up_RG, offsets_E, row_SK = saved[5 * half : 5 * half + 5]
-            main.wait_event(arrived[half])
+            main.wait_event(event)
             grad_RH = exchange.take_more_rows(row_SK)
             gradients = backward_rows(grad_RH, up_RG, weights_R, offsets_E, weights, ctx.activation)
-            assert gradients.rows_RH is not None
-            returned.append(layer.post_sums(half, gradients.rows_RH, gradients.weights_R, row_SK))
             batches.append(Batch(rows_RH, weights_R, offsets_E, grad_RH, gradients))
+        layer.stream.wait_stream(main)
+        with torch.cuda.stream(layer.stream):
+            for half, (exchange, batch) in enumerate(zip(layer.halves, batches, strict=True)):
+                assert batch.gradients.rows_RH is not None
+                row_SK = saved[5 * half + 4]
+                exchange.post_sums(batch.gradients.rows_RH, batch.gradients.weights_R, row_SK, SUM_PROGRAMS)
+            for exchange in layer.halves:
+                exchange.settle()
         parameters: list[torch.Tensor | None] = [None] * 4
         if any(ctx.needs_input_grad[5:9]):
             parameters = backward_parameters(batches, weights)
-        grad_x_TH, grads_TK = torch.empty_like(grad_TH), []
-        for exchange, event, out, index in zip(
-            layer.halves, returned, grad_x_TH.chunk(2), index_TK.chunk(2), strict=True
-        ):
-            main.wait_event(event)
-            grads_TK.append(exchange.take_sums(index, weighted=True, out_TH=out)[1])
-        return grad_x_TH, torch.cat(grads_TK).to(ctx.dtype), None, None, None, *parameters, None
+        main.wait_stream(layer.stream)
+        grad_x_TH = torch.empty_like(grad_TH)
+        grad_weights_TK = torch.cat(layer.take_sums(index_TK, True, grad_x_TH)).to(ctx.dtype)
+        return grad_x_TH, grad_weights_TK, None, None, None, *parameters, None
