@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
 import traceback
 from dataclasses import dataclass
@@ -37,9 +38,9 @@ class Parity:
     error: str | None = None
 
 
-FP64 = ("hy_v4",)
-"""Families compared in fp64: a few scalar gradients of hy_v4's hyper-connections are sums whose terms cancel so far that
-plain Transformers itself is 3e-5 from its fp64 result in fp32."""
+ILL_CONDITIONED = ("hy_v4",)
+"""A few scalar gradients of hy_v4's hyper-connections are sums whose terms cancel so far that plain Transformers itself
+is 3e-5 from its fp64 result. Here a difference counts beyond twice that distance."""
 
 FAILED = Parity(float("inf"), float("inf"), float("inf"), "", float("inf"), (), False, False)
 
@@ -61,15 +62,14 @@ def parity_of_families(
 
 
 def parity_of(rank: int, world_size: int, family: str, layout: dict[str, Any], folder: Path) -> Parity:
-    dtype = torch.float64 if family in FP64 else torch.float32
-    plain = build(family).to(device(), dtype)
+    plain = build(family).to(device())
     if rank == 0:
         plain.save_pretrained(folder / "plain")
     dist.barrier()
     config = DistributedConfig(**layout)
-    sharded = AutoModelForCausalLM.from_pretrained(folder / "plain", dtype=dtype, distributed_config=config).train(
-        plain.training
-    )
+    sharded = AutoModelForCausalLM.from_pretrained(
+        folder / "plain", dtype=torch.float32, distributed_config=config
+    ).train(plain.training)
 
     # load -> save is compared before any gradient: what is read is what is written
     sharded.save_pretrained(folder / "sharded")
@@ -92,10 +92,11 @@ def parity_of(rank: int, world_size: int, family: str, layout: dict[str, Any], f
 
     loss = output.loss.detach().clone()
     dist.all_reduce(loss)
-    gradients, worst, missing = _gradient_difference(plain, sharded)
+    rounding = _rounding(plain, batches) if family in ILL_CONDITIONED else {}
+    gradients, worst, missing = _gradient_difference(plain, sharded, rounding)
     norm = clip_grad_norm(sharded.parameters(), 0.1)
     expected_norm = torch.nn.utils.clip_grad_norm_(plain.parameters(), 0.1)
-    clipped, _, _ = _gradient_difference(plain, sharded)
+    clipped, _, _ = _gradient_difference(plain, sharded, rounding)
     result = Parity(
         loss=abs(loss.item() / world_size - reference_loss) / abs(reference_loss),
         logits=_all_max(_relative(output.logits.detach(), expected_logits)),
@@ -115,7 +116,7 @@ def parity_of(rank: int, world_size: int, family: str, layout: dict[str, Any], f
 def _same_checkpoint(plain: Any, folder: Path) -> tuple[bool, bool]:
     """Whether the sharded save has the plain save's tensors, and loads in plain Transformers to the same weights."""
     same_keys = _keys(folder / "plain") == _keys(folder / "sharded")
-    again = PlainAutoModelForCausalLM.from_pretrained(folder / "sharded", dtype=plain.dtype)
+    again = PlainAutoModelForCausalLM.from_pretrained(folder / "sharded", dtype=torch.float32)
     ours, theirs = again.state_dict(), plain.state_dict()
     same = ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key].cpu()) for key in theirs)
     return same_keys, same
@@ -129,7 +130,17 @@ def _keys(folder: Path) -> set[str]:
     return keys
 
 
-def _gradient_difference(plain: Any, sharded: Any) -> tuple[float, str, tuple[str, ...]]:
+def _rounding(plain: Any, batches: list[dict[str, torch.Tensor]]) -> dict[str, float]:
+    """Largest relative distance of each of plain's gradients from the same in fp64."""
+    exact = copy.deepcopy(plain).double()
+    exact.zero_grad()
+    for inputs in batches:
+        (exact(**inputs, use_cache=False).loss / len(batches)).backward()
+    wanted = {name: p.grad for name, p in exact.named_parameters() if p.grad is not None}
+    return {name: _relative(plain.get_parameter(name).grad.double(), grad) for name, grad in wanted.items()}
+
+
+def _gradient_difference(plain: Any, sharded: Any, rounding: dict[str, float]) -> tuple[float, str, tuple[str, ...]]:
     worst, worst_name, missing = 0.0, "", []
     ours = dict(sharded.named_parameters())
     largest = max(p.grad.abs().max().item() for p in plain.parameters() if p.grad is not None)
@@ -141,7 +152,7 @@ def _gradient_difference(plain: Any, sharded: Any) -> tuple[float, str, tuple[st
             continue
         full = got.full_tensor() if isinstance(got, DTensor) else got
         # a gradient that is rounding noise beside the model's others is compared on their scale
-        difference = _relative(full, expected, floor=1e-4 * largest)
+        difference = _relative(full, expected, floor=1e-4 * largest) - 2 * rounding.get(name, 0.0)
         if difference > worst:
             worst, worst_name = difference, name
     return worst, worst_name, tuple(missing)
