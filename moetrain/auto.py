@@ -26,6 +26,7 @@ from transformers.utils.quantization_config import QuantizationMethod
 from moetrain import families
 from moetrain.backends.liger import apply_liger
 from moetrain.checkpoint import CheckpointInfo, Dropped, check_checkpoint, find_dropped, save_hf
+from moetrain.checkpoint.export import MAX_SHARD_BYTES
 from moetrain.checkpoint.sharded_reading import compare_shards, reread_concatenated
 from moetrain.mesh import rank
 from moetrain.moe.layer import NAME, register
@@ -68,12 +69,12 @@ class _Prepared:
     def _load_pretrained_model(model: Any, state_dict: Any, files: list[str] | None, load_config: Any) -> Any:
         _refuse_sharded_fp8(model, load_config)
         info = _check_source(files)
-        sharded = files is not None and getattr(model, "_mesh_manager", None) is not None
-        if sharded:
+        shards = files if getattr(model, "_mesh_manager", None) is not None else None
+        if shards:
             compare_shards(load_config.weight_mapping)
         result = PreTrainedModel._load_pretrained_model(model, state_dict, files, load_config)
-        if sharded:
-            reread_concatenated(model, files, load_config.weight_mapping)
+        if shards:
+            reread_concatenated(model, shards, load_config.weight_mapping)
         if info is not None and (dropped := find_dropped(model, info)).tensors:
             _say(dropped.describe())
             model.dropped_weights = dropped
@@ -92,8 +93,8 @@ class _Prepared:
         if args or given - {"max_shard_size"} or getattr(self, "_hf_peft_config_loaded", False):
             super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
             return
-        sizes = {"max_shard_bytes": parse_size_to_int(str(kwargs["max_shard_size"]))} if given else {}
-        save_hf(self, save_directory, extra=self.dropped_weights, **sizes)
+        size = parse_size_to_int(str(kwargs["max_shard_size"])) if given else MAX_SHARD_BYTES
+        save_hf(self, save_directory, extra=self.dropped_weights, max_shard_bytes=size)
 
 
 class _PreparedMapping:

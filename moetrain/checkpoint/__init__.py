@@ -9,11 +9,11 @@ commit.py      how a directory appears at once, complete               (manifest
 format.py      the safetensors file format
 """
 
-from .dropped import Dropped, find_dropped
-from .export import save_hf
-from .export_run import export_run
-from .source import CheckpointInfo, check_checkpoint, verify_checksums
-from .state import TrainState, find_latest, load_state, prune, save_state
+from moetrain.checkpoint.dropped import Dropped, find_dropped
+from moetrain.checkpoint.export import save_hf
+from moetrain.checkpoint.export_run import export_run
+from moetrain.checkpoint.source import CheckpointInfo, check_checkpoint, verify_checksums
+from moetrain.checkpoint.state import TrainState, find_latest, load_state, prune, save_state
 
 __all__ = [
     "CheckpointInfo",

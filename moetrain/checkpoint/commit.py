@@ -14,8 +14,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from .agree import rank, together
-from .manifest import MANIFEST, read_manifest
+from moetrain.checkpoint.agree import rank, together
+from moetrain.checkpoint.manifest import MANIFEST, read_manifest
 
 INCOMPLETE = ".incomplete"
 REPLACED = ".replaced"

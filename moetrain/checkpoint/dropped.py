@@ -15,8 +15,8 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
-from .format import TensorInfo
-from .source import CheckpointInfo, check_checkpoint
+from moetrain.checkpoint.format import TensorInfo
+from moetrain.checkpoint.source import CheckpointInfo, check_checkpoint
 
 
 @dataclass(frozen=True)

@@ -21,13 +21,22 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.dynamic_module_utils import custom_object_save
 
-from .agree import gather, rank, together
-from .commit import fsync_file, publish, staged
-from .dropped import Dropped
-from .format import ShardWriter, read_range, tensor_bytes
-from .manifest import Progress, hash_file, write_manifest
-from .plan import Piece, Plan, PlannedFile, RowRange, build_plan, group_conversions, plain_conversions, saved_names
-from .source import INDEX_FILE
+from moetrain.checkpoint.agree import gather, rank, together
+from moetrain.checkpoint.commit import fsync_file, publish, staged
+from moetrain.checkpoint.dropped import Dropped
+from moetrain.checkpoint.format import ShardWriter, read_range, tensor_bytes
+from moetrain.checkpoint.manifest import Progress, hash_file, write_manifest
+from moetrain.checkpoint.plan import (
+    Piece,
+    Plan,
+    PlannedFile,
+    RowRange,
+    build_plan,
+    group_conversions,
+    plain_conversions,
+    saved_names,
+)
+from moetrain.checkpoint.source import INDEX_FILE
 
 MAX_SHARD_BYTES = 5 * 10**9
 _BLOCK_BYTES = 256 << 20

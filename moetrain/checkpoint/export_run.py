@@ -9,13 +9,13 @@ import torch
 import transformers
 from transformers import AutoConfig, PreTrainedModel
 
-from .dropped import restore_dropped
-from .export import MAX_SHARD_BYTES, export
-from .format import TORCH_DTYPES
-from .manifest import Progress, read_manifest, verify_files
-from .plan import RowRange, apply_conversion_record
-from .state import MODEL_FILES, read_state, why_incomplete
-from .storage import StoredTensor, read_index, read_tensor
+from moetrain.checkpoint.dropped import restore_dropped
+from moetrain.checkpoint.export import MAX_SHARD_BYTES, export
+from moetrain.checkpoint.format import TORCH_DTYPES
+from moetrain.checkpoint.manifest import Progress, read_manifest, verify_files
+from moetrain.checkpoint.plan import RowRange, apply_conversion_record
+from moetrain.checkpoint.state import MODEL_FILES, read_state, why_incomplete
+from moetrain.checkpoint.storage import StoredTensor, read_index, read_tensor
 
 
 class StoredWeights:

@@ -8,8 +8,8 @@ import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from .agree import rank, together, world_size
-from .format import read_range
+from moetrain.checkpoint.agree import rank, together, world_size
+from moetrain.checkpoint.format import read_range
 
 MANIFEST = "SHA256SUMS"
 

@@ -37,8 +37,8 @@ from transformers.core_model_loading import (
     revert_weight_conversion,
 )
 
-from .dropped import Dropped
-from .format import DTYPE_BITS, TensorInfo, TensorSpec, spec_of
+from moetrain.checkpoint.dropped import Dropped
+from moetrain.checkpoint.format import DTYPE_BITS, TensorInfo, TensorSpec, spec_of
 
 RowRange = tuple[int, int]
 

@@ -8,9 +8,9 @@ import re
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from .agree import gather, rank, together, world_size
-from .format import TensorInfo, read_header
-from .manifest import Progress, read_manifest, verify_files
+from moetrain.checkpoint.agree import gather, rank, together, world_size
+from moetrain.checkpoint.format import TensorInfo, read_header
+from moetrain.checkpoint.manifest import Progress, read_manifest, verify_files
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"

@@ -35,15 +35,15 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import PreTrainedModel
 
-from .agree import gather, rank, share, together, world_size
-from .commit import INCOMPLETE, REPLACED, clear_leftovers, publish, remove, staged
-from .dropped import Dropped
-from .export import finish_small_files, holds_one_block, save_model_files
-from .format import DTYPE_NAMES, read_header
-from .manifest import MANIFEST, Progress, read_manifest, verify_files, write_manifest
-from .plan import conversion_record, saved_names
-from .rng import rng_state, set_rng_state
-from .storage import TENSOR_INDEX, TensorReader, TensorWriter, read_index
+from moetrain.checkpoint.agree import gather, rank, share, together, world_size
+from moetrain.checkpoint.commit import INCOMPLETE, REPLACED, clear_leftovers, publish, remove, staged
+from moetrain.checkpoint.dropped import Dropped
+from moetrain.checkpoint.export import finish_small_files, holds_one_block, save_model_files
+from moetrain.checkpoint.format import DTYPE_NAMES, read_header
+from moetrain.checkpoint.manifest import MANIFEST, Progress, read_manifest, verify_files, write_manifest
+from moetrain.checkpoint.plan import conversion_record, saved_names
+from moetrain.checkpoint.rng import rng_state, set_rng_state
+from moetrain.checkpoint.storage import TENSOR_INDEX, TensorReader, TensorWriter, read_index
 
 STATE_FILE = "state.json"
 MODEL_FILES = "model"

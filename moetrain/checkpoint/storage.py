@@ -37,7 +37,15 @@ from torch.distributed.checkpoint.planner import (
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
 from torch.futures import Future
 
-from .format import DTYPE_BITS, DTYPE_NAMES, TORCH_DTYPES, ShardWriter, TensorSpec, spec_of, tensor_bytes
+from moetrain.checkpoint.format import (
+    DTYPE_BITS,
+    DTYPE_NAMES,
+    TORCH_DTYPES,
+    ShardWriter,
+    TensorSpec,
+    spec_of,
+    tensor_bytes,
+)
 
 TENSOR_INDEX = "tensors.json"
 

@@ -67,8 +67,13 @@ def looped_experts(experts: Any, rows_RH: Tensor, offsets_e: Tensor, weights_R: 
 def expert_weights(experts: Any) -> ExpertWeights:
     """Parameters of this rank's experts, with the updates of active adapters."""
     up = "gate_up_proj" if experts.has_gate else "up_proj"
-    biases = (getattr(experts, f"{up}_bias"), experts.down_proj_bias) if experts.has_bias else (None, None)
-    return ExpertWeights(adapted(experts, up), adapted(experts, "down_proj"), *biases, experts.is_transposed)
+    return ExpertWeights(
+        adapted(experts, up),
+        adapted(experts, "down_proj"),
+        getattr(experts, f"{up}_bias") if experts.has_bias else None,
+        experts.down_proj_bias if experts.has_bias else None,
+        experts.is_transposed,
+    )
 
 
 def gate_of(experts: Any) -> Any:

@@ -9,14 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHeadModel
 
-import moetrain.loss
-from moetrain.loss import (
-    IGNORED,
-    chunked_linear_cross_entropy,
-    install_loss,
-    linear_cross_entropy_ref,
-    without_logits,
-)
+import moetrain.kernels.linear_cross_entropy
+from moetrain.kernels.linear_cross_entropy import IGNORED, chunked_linear_cross_entropy, linear_cross_entropy_ref
+from moetrain.loss import install_loss, without_logits
 from tests.families import FAMILIES, batch, build
 
 SMALL = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
@@ -107,13 +102,13 @@ def test_gradients_of_what_is_trained(trained: set[str]) -> None:
 
 def test_without_gradients_only_the_loss_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     wanted = []
-    real = moetrain.loss.torch_cross_entropy
+    real = moetrain.kernels.linear_cross_entropy.torch_cross_entropy
 
     def spy(*args: Any) -> tuple[Tensor, Tensor]:
         wanted.append(args[-1])
         return real(*args)
 
-    monkeypatch.setattr(moetrain.loss, "torch_cross_entropy", spy)
+    monkeypatch.setattr(moetrain.kernels.linear_cross_entropy, "torch_cross_entropy", spy)
     x = inputs(20, 12, 33)
     with torch.no_grad():
         loss = chunked_linear_cross_entropy(x.hidden, x.weight, x.labels, x.bias, chunk_tokens=10)
@@ -132,7 +127,7 @@ def test_second_backward_is_refused() -> None:
 
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(moetrain.loss.CHUNK_LOGITS, "cpu", 7 * 128)
+    monkeypatch.setitem(moetrain.kernels.linear_cross_entropy.CHUNK_LOGITS, "cpu", 7 * 128)
 
 
 def gradients(model: Any, rows: dict[str, Tensor], **kwargs: Any) -> tuple[Any, dict[str, Tensor]]:

@@ -216,7 +216,7 @@ def image_text(rank: int, world_size: int, folder: str) -> dict[str, Any]:
         "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2, "num_experts": 4,
         "num_experts_per_tok": 2, "rope_parameters": {"rope_type": "default", "mrope_section": [4, 2, 2]},
     }  # fmt: skip
-    vision = {"depth": 1, "hidden_size": 16, "num_heads": 2, "intermediate_size": 16, "out_hidden_size": 32}
+    vision: dict[str, Any] = {"depth": 1, "hidden_size": 16, "num_heads": 2, "intermediate_size": 16, "out_hidden_size": 32}
     vision |= {"deepstack_visual_indexes": [0], "num_position_embeddings": 16}
     torch.manual_seed(0)
     plain = Qwen3VLMoeForConditionalGeneration(Qwen3VLMoeConfig(text_config=text, vision_config=vision)).float()

@@ -9,7 +9,7 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 
-import moetrain.loss
+import moetrain.kernels.linear_cross_entropy
 from moetrain.loss import install_loss, without_logits
 from tests.families import FAMILIES, batch
 from tests.ranks import run_ranks
@@ -34,7 +34,7 @@ def test_fused_loss_of_a_sharded_model_equals_plain_loss_of_one_process(tmp_path
 
 
 def check_rank(rank: int, world: int, folder: Path) -> None:
-    moetrain.loss.CHUNK_LOGITS["cpu"] = 5 * 128  # chunks of 5 of the 32 tokens
+    moetrain.kernels.linear_cross_entropy.CHUNK_LOGITS["cpu"] = 5 * 128  # chunks of 5 of the 32 tokens
     for name in CASES:
         plain: Any = AutoModelForCausalLM.from_pretrained(folder / name, dtype=torch.float32).train()
         config = DistributedConfig(fsdp_size=2, ep_size=2)
