@@ -23,7 +23,7 @@ from moetrain.kernels.bias import add_row_bias_, expert_sum, row_bias_backward
 from moetrain.kernels.experts import experts_forward
 from moetrain.kernels.gated import gated_activation, gated_activation_backward
 from moetrain.kernels.grouped import multiply_outer, multiply_rows
-from moetrain.kernels.permute import permute_rows, sum_rows
+from moetrain.kernels.permutation import permute_rows, sum_rows
 from moetrain.kernels.routing import route_sort
 from moetrain.kernels.rows import ExpertWeights, expert_weights
 
@@ -199,7 +199,7 @@ def _bench_parts(name: str, module: torch.nn.Module, limits: dict[str, tuple[flo
         left = a.t() if outer else a
         times = {
             "grouped": graph_milliseconds(
-                lambda: multiply_outer([(a, b, offsets)]) if outer else multiply_rows(a, b, offsets)
+                lambda: multiply_outer(a, b, offsets) if outer else multiply_rows(a, b, offsets)
             ),
             "torch grouped": graph_milliseconds(lambda: torch._grouped_mm(left, b, offs=offsets)),
         }

@@ -1,14 +1,13 @@
 """Kernels of the expert layer, each beside its plain reference `_ref`, and the table of what runs where.
 
-routing.py    route_sort: choices of the router to rows in expert order
-permute.py    permute, unpermute_reduce: tokens to rows, and their sum back
-grouped.py    grouped_mm: products with each expert's weight
-gated.py      activation * routing weight (activation.py: the table of activations)
-bias.py       biases of experts
-rows.py       the experts' arithmetic made of them
-experts.py    experts_forward, expert_rows: the layer, differentiable
-exchange.py   Exchange: tokens to other ranks and back (nvlink.py: its kernels)
-overlap.py    OverlappedExperts: the layer on several ranks, its exchange behind its arithmetic
+routing.py      route_sort: choices of the router to rows in expert order
+permutation.py  permute, unpermute_reduce: tokens to rows, and their sum back
+grouped.py      grouped_mm: products with each expert's weight
+gated.py        activation * routing weight (activation.py: the table of activations)
+bias.py         biases of experts
+rows.py         the experts' arithmetic made of them
+experts.py      experts_forward, expert_rows: the layer, differentiable
+exchange.py     Exchange: tokens to other ranks and back (nvlink.py: its kernels)
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from moetrain.kernels._triton import triton
 from moetrain.kernels.activation import Activation, recognise_activation
 from moetrain.kernels.experts import expert_rows, experts_forward
 from moetrain.kernels.grouped import grouped_mm
-from moetrain.kernels.permute import permute, unpermute_reduce
+from moetrain.kernels.permutation import permute, unpermute_reduce
 from moetrain.kernels.routing import Routing, route_sort
 from moetrain.kernels.rows import ExpertWeights, expert_weights
 

@@ -16,14 +16,12 @@ import torch
 import torch.distributed as dist
 
 from moetrain.kernels.nvlink import (
-    SUM_PROGRAMS,
-    TOKEN_PROGRAMS,
     push_choices,
     push_sums,
     push_tokens,
     sum_partials,
 )
-from moetrain.kernels.permute import permute_rows
+from moetrain.kernels.permutation import permute_rows
 from moetrain.kernels.routing import Routing, route_sort
 
 
@@ -89,22 +87,13 @@ class Exchange:
         out_TH: torch.Tensor = _Combine.apply(rows_RH, index_TK, routing.row_TK, self)
         return out_TH
 
-    def post_tokens(
-        self,
-        x_TH: torch.Tensor,
-        index_TK: torch.Tensor,
-        weights_TK: torch.Tensor | None,
-        programs: int = TOKEN_PROGRAMS,
-    ) -> None:
+    def post_tokens(self, x_TH: torch.Tensor, index_TK: torch.Tensor, weights_TK: torch.Tensor | None) -> None:
         """Bring tokens to the ranks of their experts (int32 ids), with the choices and weights (fp32) where given.
-        After `settle`, `take_rows` or `take_more_rows` may follow on any stream that waits for this one."""
+        `take_rows` or `take_more_rows` may follow."""
         self._before("sent")
         if weights_TK is not None:
             push_choices(index_TK, weights_TK, self.choices.table, self.weights.table, self.rank)
-        push_tokens(x_TH, index_TK, self.sent.table, self.rank, self.num_local_experts, programs)
-
-    def settle(self) -> None:
-        """Wait until what every rank posted has arrived."""
+        push_tokens(x_TH, index_TK, self.sent.table, self.rank, self.num_local_experts)
         self._handle.barrier(0)
 
     def take_rows(self) -> tuple[torch.Tensor, torch.Tensor, Routing]:
@@ -118,40 +107,32 @@ class Exchange:
         """What `post_tokens` brought without choices, in the order of an earlier `take_rows`: a gradient's rows."""
         return permute_rows(self.sent.local, None, row_SK, self.capacity)[0]
 
-    def post_sums(
-        self,
-        rows_RH: torch.Tensor,
-        weights_R: torch.Tensor | None,
-        row_SK: torch.Tensor,
-        programs: int = SUM_PROGRAMS,
-    ) -> None:
+    def post_sums(self, rows_RH: torch.Tensor, weights_R: torch.Tensor | None, row_SK: torch.Tensor) -> None:
         """Sum each token's rows and bring the sums back to the tokens' ranks, and the rows' weights where given.
-        After `settle`, `take_sums` may follow on any stream that waits for this one."""
+        `take_sums` may follow."""
         self._before("returned")
         tables = self.returned.table, self.weight_grads.table
-        push_sums(rows_RH, weights_R, row_SK, *tables, self.rank, programs)
+        push_sums(rows_RH, weights_R, row_SK, *tables, self.rank)
+        self._handle.barrier(0)
 
-    def take_sums(
-        self, index_TK: torch.Tensor, weighted: bool, out_TH: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def take_sums(self, index_TK: torch.Tensor, weighted: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Sum of what came back for each token [T, H], and the weight of each choice [T, K] if `weighted`."""
         weights_SK = self.weight_grads.local if weighted else None
-        return sum_partials(self.returned.local, weights_SK, index_TK, self.num_local_experts, self.world, out_TH)
+        return sum_partials(self.returned.local, weights_SK, index_TK, self.num_local_experts, self.world)
 
     def _before(self, buffer: str) -> None:
         """A buffer may be written once every rank has read what was in it: the barrier of a use of the other buffer
         says so; two uses of the same need one more."""
         if self._busy == buffer:
-            self.settle()
+            self._handle.barrier(0)
         self._busy = buffer
 
 
 class _Dispatch(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_TH, weights_TK, index_TK, exchange):  # type: ignore[no-untyped-def]
-        index_TK = index_TK.int()
-        exchange.post_tokens(x_TH, index_TK, weights_TK.float())
-        exchange.settle()
+        index_TK = index_TK.int().contiguous()
+        exchange.post_tokens(x_TH, index_TK, weights_TK.float().contiguous())
         rows_RH, weights_R, routing = exchange.take_rows()
         ctx.exchange, ctx.weights_dtype = exchange, weights_TK.dtype
         ctx.save_for_backward(index_TK, routing.row_TK)
@@ -162,7 +143,6 @@ class _Dispatch(torch.autograd.Function):
     def backward(ctx, grad_RH, grad_weights_R, *_):  # type: ignore[no-untyped-def]
         index_TK, row_SK = ctx.saved_tensors
         ctx.exchange.post_sums(grad_RH, grad_weights_R, row_SK)
-        ctx.exchange.settle()
         grad_x_TH, grad_weights_TK = ctx.exchange.take_sums(index_TK, weighted=True)
         return grad_x_TH, grad_weights_TK.to(ctx.weights_dtype), None, None
 
@@ -170,17 +150,15 @@ class _Dispatch(torch.autograd.Function):
 class _Combine(torch.autograd.Function):
     @staticmethod
     def forward(ctx, rows_RH, index_TK, row_SK, exchange):  # type: ignore[no-untyped-def]
-        ctx.exchange, index_TK = exchange, index_TK.int()
+        ctx.exchange, index_TK = exchange, index_TK.int().contiguous()
         ctx.save_for_backward(index_TK, row_SK)
         exchange.post_sums(rows_RH, None, row_SK)
-        exchange.settle()
         return exchange.take_sums(index_TK, weighted=False)[0]
 
     @staticmethod
     def backward(ctx, grad_TH):  # type: ignore[no-untyped-def]
         index_TK, row_SK = ctx.saved_tensors
         ctx.exchange.post_tokens(grad_TH, index_TK, None)
-        ctx.exchange.settle()
         return ctx.exchange.take_more_rows(row_SK), None, None, None
 
 

@@ -16,9 +16,9 @@ import torch
 
 from moetrain.kernels.activation import Activation, row_experts
 from moetrain.kernels.grouped import grouped_mm
-from moetrain.kernels.permute import permute, permute_rows, sum_rows, unpermute_reduce
+from moetrain.kernels.permutation import permute, permute_rows, sum_rows, unpermute_reduce
 from moetrain.kernels.routing import route_sort
-from moetrain.kernels.rows import Batch, ExpertWeights, backward_parameters, backward_rows, forward_rows
+from moetrain.kernels.rows import ExpertWeights, backward_parameters, backward_rows, forward_rows
 
 Gate = Activation | Callable[[torch.Tensor], torch.Tensor]
 
@@ -158,7 +158,7 @@ def _experts_backward_op(
     parameters: list[torch.Tensor | None] = [None] * 4
     if needs_parameters:
         rows_RH = permute_rows(x_TH, None, row_TK, row_TK.numel())[0]
-        parameters = backward_parameters([Batch(rows_RH, weights_R, offsets_E, grad_RH, gradients)], weights)
+        parameters = backward_parameters(rows_RH, weights_R, offsets_E, grad_RH, gradients, weights)
     grad_weights_TK = grad_weights_TK.to(weights_TK.dtype)
     return _or_empty([grad_x_TH if needs_x else None, grad_weights_TK, *parameters], grad_TH)
 
@@ -200,7 +200,7 @@ def _rows_backward_op(
     gradients = backward_rows(grad_RH, up_RG, weights_R, offsets_E, weights, Activation.parse(activation), needs_rows)
     parameters: list[torch.Tensor | None] = [None] * 4
     if needs_parameters:
-        parameters = backward_parameters([Batch(rows_RH, weights_R, offsets_E, grad_RH, gradients)], weights)
+        parameters = backward_parameters(rows_RH, weights_R, offsets_E, grad_RH, gradients, weights)
     return _or_empty([gradients.rows_RH, gradients.weights_R.to(weights_R.dtype), *parameters], grad_RH)
 
 

@@ -10,7 +10,6 @@ there, so no tile needs a mask. Their tiles are the fastest of 40 at four models
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -66,31 +65,20 @@ def multiply_rows(rows_RK: torch.Tensor, weight_EKN: torch.Tensor, offsets_E: to
     return out_RN
 
 
-Pair = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-"""Two rows [R, M] and [R, N] in the same expert order, and where each expert ends [E]."""
-
-
-def multiply_outer(pairs: Sequence[Pair]) -> torch.Tensor:
+def multiply_outer(left_RM: torch.Tensor, right_RN: torch.Tensor, offsets_E: torch.Tensor) -> torch.Tensor:
     """Sum over each expert's rows of the outer products of left and right [E, M, N], in fp32: a weight's gradient.
-    Zero for an expert without rows. With two pairs the sum goes over the rows of both and is rounded once."""
-    assert len(pairs) in (1, 2), f"one or two batches of rows, not {len(pairs)}"
-    left_RM, right_RN, offsets_E = pairs[0]
-    if left_RM.dtype == torch.float64 or any(left.numel() == 0 for left, _, _ in pairs):
-        return multiply_outer_ref(pairs)
-    if not all(_runs_here(left, right) for left, right, _ in pairs):
-        products = [torch._grouped_mm(left.t(), right, offs=offsets) for left, right, offsets in pairs]
-        return products[0] if len(pairs) == 1 else products[0] + products[1]
+    Zero for an expert without rows."""
+    if left_RM.dtype == torch.float64 or left_RM.numel() == 0:
+        return multiply_outer_ref(left_RM, right_RN, offsets_E)
+    if not _runs_here(left_RM, right_RN):
+        return torch._grouped_mm(left_RM.t(), right_RN, offs=offsets_E)
     experts, height, width = offsets_E.numel(), left_RM.shape[1], right_RN.shape[1]
     out_EMN = left_RM.new_empty(experts, height, width)
-    other_left, other_right, other_offsets_E = pairs[-1]
     _outer_by_experts[(experts * cdiv(height, OUTER_TILE) * cdiv(width, OUTER_TILE),)](
         _ragged(left_RM, OUTER_TILE_R, OUTER_TILE),
         _ragged(right_RN, OUTER_TILE_R, OUTER_TILE),
-        offsets_E,
-        _ragged(other_left, OUTER_TILE_R, OUTER_TILE) if len(pairs) == 2 else None,
-        _ragged(other_right, OUTER_TILE_R, OUTER_TILE) if len(pairs) == 2 else None,
-        other_offsets_E if len(pairs) == 2 else None,
         _descriptor(out_EMN, (1, OUTER_TILE, OUTER_TILE)),
+        offsets_E,
         height,
         width,
         GROUP=8,
@@ -111,14 +99,12 @@ def multiply_rows_ref(rows_RK: torch.Tensor, weight_EKN: torch.Tensor, offsets_E
     return out_RN
 
 
-def multiply_outer_ref(pairs: Sequence[Pair]) -> torch.Tensor:
+def multiply_outer_ref(left_RM: torch.Tensor, right_RN: torch.Tensor, offsets_E: torch.Tensor) -> torch.Tensor:
     """`multiply_outer` as a loop over experts. Reads the offsets on the host."""
-    left_RM, right_RN, offsets_E = pairs[0]
     out_EMN = left_RM.new_zeros(offsets_E.numel(), left_RM.shape[1], right_RN.shape[1])
-    for left_RM, right_RN, offsets_E in pairs:
-        ends = offsets_E.tolist()
-        for expert, (start, end) in enumerate(zip([0, *ends], ends, strict=False)):
-            out_EMN[expert] += left_RM[start:end].T @ right_RN[start:end]
+    ends = offsets_E.tolist()
+    for expert, (start, end) in enumerate(zip([0, *ends], ends, strict=False)):
+        out_EMN[expert] = left_RM[start:end].T @ right_RN[start:end]
     return out_EMN
 
 
@@ -159,7 +145,7 @@ def _grouped_mm_op(rows_RK: torch.Tensor, weight_EKN: torch.Tensor, offsets_E: t
 
 @torch.library.custom_op("moetrain::grouped_outer", mutates_args=())
 def _grouped_outer_op(left_RM: torch.Tensor, right_RN: torch.Tensor, offsets_E: torch.Tensor) -> torch.Tensor:
-    return multiply_outer([(left_RM.contiguous(), right_RN.contiguous(), offsets_E)])
+    return multiply_outer(left_RM.contiguous(), right_RN.contiguous(), offsets_E)
 
 
 @_grouped_mm_op.register_fake
@@ -361,27 +347,11 @@ def _rows_by_weights(  # type: ignore[no-untyped-def]
 
 
 @jit
-def _add_outer(  # type: ignore[no-untyped-def]
-    acc_MN, left, right, offsets_E, expert, m, n, TILE: tl.constexpr, TILE_R: tl.constexpr
-):
-    begin = tl.load(offsets_E + expert - 1, mask=expert > 0, other=0)
-    count = tl.load(offsets_E + expert) - begin
-    for r in range(0, count, TILE_R):
-        left_RM = _load(left, begin, count, r, m, TILE_R, TILE)
-        right_RN = _load(right, begin, count, r, n, TILE_R, TILE)
-        acc_MN = tl.dot(left_RM.T, right_RN, acc_MN)
-    return acc_MN
-
-
-@jit
 def _outer_by_experts(  # type: ignore[no-untyped-def]
     left,
     right,
-    offsets_E,
-    other_left,
-    other_right,
-    other_offsets_E,
     out,
+    offsets_E,
     height,
     width,
     GROUP: tl.constexpr,
@@ -398,8 +368,11 @@ def _outer_by_experts(  # type: ignore[no-untyped-def]
     tile -= group * GROUP * across
     m = (group * GROUP + tile % size) * TILE
     n = (tile // size) * TILE
+    begin = tl.load(offsets_E + expert - 1, mask=expert > 0, other=0)
+    count = tl.load(offsets_E + expert) - begin
     acc_MN = tl.zeros((TILE, TILE), tl.float32)
-    acc_MN = _add_outer(acc_MN, left, right, offsets_E, expert, m, n, TILE, TILE_R)
-    if other_left is not None:
-        acc_MN = _add_outer(acc_MN, other_left, other_right, other_offsets_E, expert, m, n, TILE, TILE_R)
+    for r in range(0, count, TILE_R):
+        left_RM = _load(left, begin, count, r, m, TILE_R, TILE)
+        right_RN = _load(right, begin, count, r, n, TILE_R, TILE)
+        acc_MN = tl.dot(left_RM.T, right_RN, acc_MN)
     out.store([expert, m, n], acc_MN.to(out.dtype).reshape(1, TILE, TILE))

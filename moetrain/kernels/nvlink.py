@@ -95,13 +95,12 @@ def sum_partials(
     index_TK: torch.Tensor,
     local_experts: int,
     world: int,
-    out_TH: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Sum over the ranks of each token's experts [T, H] in fp32, in the order of ranks; with `weights_SK`, the weight
     of each choice from its expert's rank [T, K]."""
     tokens, top_k = index_TK.shape
     hidden = returned_SH.shape[1]
-    out_TH = returned_SH.new_empty(tokens, hidden) if out_TH is None else out_TH
+    out_TH = returned_SH.new_empty(tokens, hidden)
     weights_TK = None if weights_SK is None else weights_SK.new_empty(tokens, top_k)
     block = min(next_power_of_2(hidden), 1024)
     _sum_partials[(tokens, cdiv(hidden, block))](

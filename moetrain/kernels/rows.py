@@ -5,7 +5,6 @@ Shapes: R rows, E experts on this rank, H hidden, I intermediate, G width of the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -90,30 +89,21 @@ def backward_rows(
     return RowGradients(grad_rows_RH, grad_weights_R, grad_up_RG, act_RI)
 
 
-class Batch(NamedTuple):
-    """One batch of rows and what `backward_rows` made of it."""
-
-    rows_RH: torch.Tensor
-    weights_R: torch.Tensor
-    offsets_E: torch.Tensor
-    grad_RH: torch.Tensor
-    gradients: RowGradients
-
-
-def backward_parameters(batches: Sequence[Batch], weights: ExpertWeights) -> list[torch.Tensor | None]:
-    """Gradients of up, down, up_bias and down_bias (None without biases) over one or two batches of rows."""
-    ups, downs = [], []
-    for rows_RH, _, offsets_E, grad_RH, gradients in batches:
-        up_pair, down_pair = (gradients.up_RG, rows_RH), (grad_RH, gradients.act_RI)
-        ups.append((*(up_pair[::-1] if weights.transposed else up_pair), offsets_E))
-        downs.append((*(down_pair[::-1] if weights.transposed else down_pair), offsets_E))
+def backward_parameters(
+    rows_RH: torch.Tensor,
+    weights_R: torch.Tensor,
+    offsets_E: torch.Tensor,
+    grad_RH: torch.Tensor,
+    gradients: RowGradients,
+    weights: ExpertWeights,
+) -> list[torch.Tensor | None]:
+    """Gradients of up, down, up_bias and down_bias (None without biases)."""
+    up_pair, down_pair = (gradients.up_RG, rows_RH), (grad_RH, gradients.act_RI)
+    if weights.transposed:
+        up_pair, down_pair = up_pair[::-1], down_pair[::-1]
     up_bias = down_bias = None
     if weights.up_bias is not None:
-        up_bias = _total([expert_sum(b.gradients.up_RG, None, b.offsets_E) for b in batches])
+        up_bias = expert_sum(gradients.up_RG, None, offsets_E)
     if weights.down_bias is not None:
-        down_bias = _total([expert_sum(b.grad_RH, b.weights_R, b.offsets_E) for b in batches])
-    return [multiply_outer(ups), multiply_outer(downs), up_bias, down_bias]
-
-
-def _total(tensors: list[torch.Tensor]) -> torch.Tensor:
-    return tensors[0] if len(tensors) == 1 else tensors[0] + tensors[1]
+        down_bias = expert_sum(grad_RH, weights_R, offsets_E)
+    return [multiply_outer(*up_pair, offsets_E), multiply_outer(*down_pair, offsets_E), up_bias, down_bias]

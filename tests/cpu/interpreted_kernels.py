@@ -9,7 +9,7 @@ import torch
 from triton.runtime import interpreter
 
 from moetrain.kernels import experts, nvlink
-from moetrain.kernels.permute import permute_rows
+from moetrain.kernels.permutation import permute_rows
 from moetrain.kernels.routing import route_sort
 from tests import kernel_cases as cases
 

@@ -10,7 +10,7 @@ from moetrain.kernels import activation as activation_module
 from moetrain.kernels import select_backend
 from moetrain.kernels.activation import Activation, recognise_activation
 from moetrain.kernels.experts import _experts_op, _rows_op, expert_rows, experts_forward
-from moetrain.kernels.permute import _permute_op, _unpermute_reduce_op, permute, unpermute_reduce
+from moetrain.kernels.permutation import _permute_op, _unpermute_reduce_op, permute, unpermute_reduce
 from moetrain.kernels.routing import _route_sort_op, route_sort
 from moetrain.kernels.rows import ExpertWeights
 from tests import kernel_cases as cases

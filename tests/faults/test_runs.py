@@ -25,24 +25,40 @@ from moetrain.create import create_checkpoint
 from tests.runs import MODEL, tiny_run, write_text
 
 ROOT = Path(moetrain.__file__).parents[1]
-STEPS = 18
-EVERY = 3
+STEPS = 12
+EVERY = 4
 
 HOLD = '''
-"""Stops this process at one call, until the file that says so is deleted: moments that last as long as a test needs."""
+"""Stops this process at one moment, which then lasts until a file is deleted."""
 import os, re, sys, time
 
 def hook(event, args):
-    global held
-    if not held and event == wanted and re.search(pattern, str(args[0])):
-        held = True
-        open(file, "w").close()
-        while os.path.exists(file):
-            time.sleep(0.01)
+    global reached
+    if not reached and event == wanted and re.search(pattern, str(args[0])):
+        reached = True
+        hold_amid_a_step() if pattern == "heartbeat" else hold()
+
+def hold_amid_a_step():
+    """Between the backward pass and the update, in the second step from here; the other rank waits for this one."""
+    guard = sys.modules["moetrain.guard"].Guard
+    check, calls = guard.check_finite, []
+
+    def hold_and_check(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            hold()
+        check(*args)
+
+    guard.check_finite = hold_and_check
+
+def hold():
+    open(file, "w").close()
+    while os.path.exists(file):
+        time.sleep(0.01)
 
 if "HOLD" in os.environ:
     rank, wanted, pattern, file = os.environ["HOLD"].split(" ")
-    held = os.environ.get("RANK") != rank
+    reached = os.environ.get("RANK") != rank
     sys.addaudithook(hook)
 '''
 
@@ -51,38 +67,39 @@ if "HOLD" in os.environ:
 class Fault:
     """What happens to one start of the run, and how it must end.
 
-    `hold` is the moment as (rank, audit event of Python, pattern of its first argument); None is amid the steps, after
-    the first two. `left` is what the newest complete checkpoint is then: `same` as before, `next` regular one, or
-    `any` not older than before.
+    `at` is the moment: rank, audit event of Python, pattern of its first argument. `newest` is the step of the newest
+    complete checkpoint afterwards.
     """
 
     name: str
+    at: tuple[int, str, str]
     signum: signal.Signals
     to: str
     code: int
-    hold: tuple[int, str, str] | None = None
-    left: str = "same"
+    newest: int = 0
 
 
 KILL, TERM, USR1 = signal.SIGKILL, signal.SIGTERM, signal.SIGUSR1
 FAULTS = [
-    Fault("start: a rank is killed", KILL, "rank 1", 137, (1, "import", "^transformers$")),
-    Fault("start: the launcher is told to stop", TERM, "launcher", 143, (0, "import", "^transformers$")),
-    Fault("start: the launcher is killed while the model is made", KILL, "launcher", -9, (0, "open", r"/start\.tmp/")),
-    Fault("start: all ranks are killed while text is tokenised", KILL, "ranks", 137, (0, "os.rename", r"\.partial$")),
-    Fault("steps: a rank is killed", KILL, "rank 0", 137, left="any"),
-    Fault("checkpoint: a rank is killed in its file", KILL, "rank 1", 137, (1, "open", r"\.incomplete/rank-00001")),
-    Fault("checkpoint: the launcher is killed", KILL, "launcher", -9, (0, "open", r"\.incomplete/rank-00000")),
+    Fault("start: a rank is killed", (1, "import", "^transformers$"), KILL, "rank 1", 137),
+    Fault("start: told to stop", (0, "import", "^transformers$"), TERM, "launcher", 143),
+    Fault("start: the launcher is killed, the model half made", (0, "open", r"/start\.tmp/"), KILL, "launcher", -9),
+    Fault("start: all are killed, the text half tokenised", (0, "os.rename", r"\.partial$"), KILL, "ranks", 137),
+    Fault("step 2: a rank is killed", (1, "open", "heartbeat"), KILL, "rank 0", 137),
+    Fault("checkpoint: a rank is killed", (1, "open", r"\.incomplete/rank-00001"), KILL, "rank 1", 137),
+    Fault("checkpoint: the launcher is killed", (0, "open", r"\.incomplete/rank-00000"), KILL, "launcher", -9),
     Fault(
-        "checkpoint: all are killed before the rename", KILL, "ranks", 137, (0, "os.rename", r"/step-\d+\.incomplete$")
+        "checkpoint: all are killed, complete but for its name",
+        (0, "os.rename", r"\d\.incomplete$"),
+        KILL,
+        "ranks",
+        137,
     ),
-    Fault("steps: the launcher is killed", KILL, "launcher", -9, left="any"),
-    Fault("checkpoint: told to stop", TERM, "launcher", 0, (1, "open", r"\.incomplete/rank-00001"), left="next"),
-    Fault("steps: told to stop", USR1, "launcher", 0, left="any"),
-    Fault(
-        "export: a rank is killed in its file", KILL, "rank 1", 137, (1, "open", r"/model\.incomplete/"), left="last"
-    ),
-    Fault("export: all are killed before the rename", KILL, "ranks", 137, (0, "os.rename", r"/model\.incomplete$")),
+    Fault("checkpoint: told to stop", (1, "open", r"\.incomplete/rank-00001"), TERM, "launcher", 0, newest=4),
+    Fault("step 7: the launcher is killed", (0, "open", "heartbeat"), KILL, "launcher", -9, newest=4),
+    Fault("step 7: told to stop", (1, "open", "heartbeat"), USR1, "launcher", 0, newest=7),
+    Fault("export: a rank is killed", (1, "open", r"/model\.incomplete/"), KILL, "rank 1", 137, newest=STEPS),
+    Fault("export: all are killed", (0, "os.rename", r"/model\.incomplete$"), KILL, "ranks", 137, newest=STEPS),
 ]
 
 
@@ -90,8 +107,9 @@ FAULTS = [
 class Started:
     """A launcher that the test has started, and the processes under it."""
 
-    process: subprocess.Popen[str]
+    process: subprocess.Popen[bytes]
     mark: bytes
+    log: Path
     at: float
 
     def pids(self, with_variable: str = "") -> list[int]:
@@ -114,21 +132,21 @@ class Started:
         for pid in targets:
             os.kill(pid, signum)
 
-    def wait_until(self, condition: Any, what: str, seconds: float = 120) -> None:
+    def wait_for(self, file: Path, what: str, seconds: float = 120) -> None:
         deadline = time.monotonic() + seconds
-        while not condition():
-            assert self.process.poll() is None, f"ended before {what}:\n{self.process.communicate()}"
-            assert time.monotonic() < deadline, f"{what} did not come"
-            time.sleep(0.005)
+        while not file.exists():
+            assert self.process.poll() is None, f"[{what}] it ended before: {self.log.read_text()}"
+            assert time.monotonic() < deadline, f"[{what}] the moment did not come: {self.log.read_text()}"
+            time.sleep(0.01)
 
     def end(self, seconds: float = 120) -> tuple[int, str]:
         """Exit code and output; no process is left then."""
-        output, _ = self.process.communicate(timeout=seconds)
+        code = self.process.wait(seconds)
         deadline = time.monotonic() + 5
         while (left := self.pids()) and time.monotonic() < deadline:
             time.sleep(0.02)
-        assert not left, f"processes outlive the launcher: {left}\n{output}"
-        return self.process.returncode, output
+        assert not left, f"processes outlive the launcher: {left}"
+        return code, self.log.read_text()
 
 
 @pytest.fixture
@@ -145,16 +163,11 @@ def start(tmp_path: Path) -> Iterator[Any]:
         environment |= {"MOETRAIN_TEST": mark, "OMP_NUM_THREADS": "1"}
         if hold is not None:
             environment |= {"PYTHONPATH": str(hook), "HOLD": " ".join([*map(str, hold), str(tmp_path / "held")])}
-        process = subprocess.Popen(
-            [sys.executable, "-m", "moetrain", "train", str(folder / "run.yaml")],
-            cwd=ROOT,
-            env=environment,
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-        everything.append(Started(process, f"MOETRAIN_TEST={mark}".encode(), time.time()))
+        command = [sys.executable, "-m", "moetrain", "train", str(folder / "run.yaml")]
+        log = tmp_path / f"output-{len(everything)}.txt"
+        with log.open("w") as output:
+            process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=output)
+        everything.append(Started(process, f"MOETRAIN_TEST={mark}".encode(), log, time.time()))
         return everything[-1]
 
     yield begin
@@ -188,28 +201,22 @@ def newest(folder: Path) -> int:
 def suffer(folder: Path, fault: Fault, start: Any, held: Path) -> None:
     """One start of the run with its fault; checks how it ends and what is left."""
     before = newest(folder)
-    started: Started = start(folder, fault.hold)
-    if fault.hold is not None:
-        started.wait_until(held.exists, f"[{fault.name}] the moment")
-    else:
-
-        def second_step() -> bool:
-            return any(r["time"] > started.at and r["step"] > before + 1 for r in records(folder, "step"))
-
-        started.wait_until(second_step, f"[{fault.name}] the second step")
+    started: Started = start(folder, fault.at)
+    started.wait_for(held, fault.name)
     started.send(fault.signum, fault.to)
     if fault.signum != KILL:
         time.sleep(0.2)  # for the launcher to pass it on
-    held.unlink(missing_ok=True)
+        held.unlink()
     code, output = started.end()
+    held.unlink(missing_ok=True)
     assert code == fault.code, f"[{fault.name}] {output}"
+    assert newest(folder) == fault.newest, fault.name
     if fault.to.startswith("rank"):
         assert "was killed by SIGKILL; the other ranks were stopped" in output, f"[{fault.name}] {output}"
-    expected = {"same": before, "next": before + EVERY, "last": STEPS, "any": newest(folder)}[fault.left]
-    assert newest(folder) == expected >= before, fault.name
-    begun = [record for record in records(folder, "run") if record["time"] > started.at]
-    assert all(record["start_step"] == before for record in begun), f"[{fault.name}] it did not go on from {before}"
-    assert begun or fault.name.startswith("start"), fault.name
+    if code == 0:
+        assert f"stopped by {fault.signum.name} after step {fault.newest}" in output, f"[{fault.name}] {output}"
+    begun = [record["start_step"] for record in records(folder, "run") if record["time"] > started.at]
+    assert begun == ([] if fault.name.startswith("start") else [before]), f"[{fault.name}] it went on from {begun}"
 
 
 @pytest.mark.timeout(600)

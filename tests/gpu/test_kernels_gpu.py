@@ -14,7 +14,7 @@ import torch
 
 from moetrain.kernels.activation import Activation
 from moetrain.kernels.experts import expert_rows, experts_forward
-from moetrain.kernels.permute import permute, unpermute_reduce
+from moetrain.kernels.permutation import permute, unpermute_reduce
 from moetrain.kernels.routing import route_sort
 from moetrain.kernels.rows import ExpertWeights
 from tests import kernel_cases as cases
