@@ -58,7 +58,8 @@ def initialize_weights(model: PreTrainedModel, shard: int) -> None:
 @contextlib.contextmanager
 def _seeded(seed: int, *what: Any) -> Iterator[None]:
     digest = hashlib.sha256(repr((seed, *what)).encode()).digest()
-    with torch.random.fork_rng():
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices=devices):
         torch.manual_seed(int.from_bytes(digest[:7], "little"))
         yield
 
