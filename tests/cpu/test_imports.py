@@ -16,7 +16,7 @@ ROOT = Path(moetrain.__file__).parent
 FLOORS = (
     ("launch", "launcher", "dry_run", "cli", "__main__"),
     ("plan", "bench"),
-    ("trainer", "create"),
+    ("trainer", "prepare", "create"),
     ("auto",),
     ("parallelize", "sharded_init", "graph"),
     ("moe", "optim", "report", "doctor"),

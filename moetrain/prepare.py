@@ -1,0 +1,107 @@
+"""The steps of a run's setup and end that are not the loop: processes, the model, what people are told."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import transformers
+from transformers import AutoModelForCausalLM as PlainAutoModelForCausalLM
+from transformers import AutoTokenizer, PreTrainedModel
+
+from moetrain import mesh
+from moetrain.auto import AutoModelForCausalLM
+from moetrain.checkpoint.state import why_incomplete
+from moetrain.config import RunConfig
+from moetrain.create import check_loaded
+from moetrain.data import Data
+from moetrain.moe.layer import ep_implementation
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def keep_quiet() -> None:
+    """Progress bars of libraries are for a terminal, and once is enough; the loop never writes to a model's outputs."""
+    if mesh.rank() > 0 or not sys.stderr.isatty():
+        transformers.utils.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+
+
+def start_process_group(config: RunConfig) -> torch.device:
+    """Join the other ranks, if there are any; this rank's device."""
+    device = mesh.device()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if mesh.world_size() > 1 and not dist.is_initialized():
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo",
+            timeout=timedelta(seconds=config.parallel.timeout_seconds),
+            device_id=device if device.type == "cuda" else None,
+        )
+    return device
+
+
+def check_resume(choice: str) -> None:
+    """Raise ValueError where `checkpoint.resume` names something else than a complete training checkpoint."""
+    if choice not in ("auto", "never") and (reason := why_incomplete(Path(choice))):
+        raise ValueError(f"checkpoint.resume: {reason}; name another checkpoint, or take auto or never")
+
+
+def build_model(config: RunConfig, directory: Path) -> PreTrainedModel:
+    """The model, sharded over the world, in training mode.
+
+    Raises:
+        ValueError: the checkpoint lacks weights of its own configuration, or the attention is not installed.
+    """
+    kwargs: dict[str, Any] = {"dtype": DTYPES[config.model.dtype], "trust_remote_code": config.model.trust_remote_code}
+    if config.model.attn_implementation is not None:
+        kwargs["attn_implementation"] = config.model.attn_implementation
+    if config.model.experts != "auto":
+        kwargs["experts_implementation"] = config.model.experts
+    world = mesh.world_size()
+    if world > 1:
+        parallel = config.parallel
+        dispatch = ep_implementation(config.model.dispatch)
+        kwargs["distributed_config"] = mesh.layout(world, parallel.ep_size, parallel.dp_replicate_size, dispatch)
+    # what does not fit is named below, in place of random weights and a warning
+    kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    try:
+        model, loading = AutoModelForCausalLM.from_pretrained(directory, **kwargs)
+    except ImportError as error:
+        raise ValueError(f"model.attn_implementation={config.model.attn_implementation}: {error}") from error
+    check_loaded(directory, loading)
+    if world == 1:
+        model.to(mesh.device())
+    trained: PreTrainedModel = model.train()
+    return trained
+
+
+def describe(model: PreTrainedModel, data: Data) -> str:
+    """The run in two lines, and a third for lines of the data that were left out."""
+    config = getattr(model.config, "distributed_config", None)
+    ranks = f"{mesh.world_size()} ranks" if mesh.world_size() > 1 else "one process"
+    axes = f", ep={config.ep_size} fsdp={config.fsdp_size} replicas={config.dp_replicate_size}" if config else ""
+    train, skipped = data.summary["train"], data.summary["skipped_lines"]
+    first = next((source["first_skipped"] for source in data.summary["sources"] if source["first_skipped"]), "")
+    return (
+        f"{type(model).__name__.removeprefix('FSDP')}: {model.num_parameters() / 1e6:.1f} M parameters, {ranks}{axes}\n"
+        f"{train['documents']:,} documents, {train['tokens']:,} tokens, {train['rows']:,} rows for training"
+        + (f"\nbad lines skipped: {skipped:,}, the first: {first}" if skipped else "")
+    )
+
+
+def continue_text(path: Path, prompt: str, max_new_tokens: int = 80) -> str:
+    """What the exported checkpoint writes after `prompt`, through plain Transformers in this process."""
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    model = PlainAutoModelForCausalLM.from_pretrained(path)
+    inputs = tokenizer(prompt, return_tensors="pt")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=True, temperature=0.7, top_k=40)
+    text: str = tokenizer.decode(output[0], skip_special_tokens=True)
+    return text
