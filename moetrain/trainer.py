@@ -73,10 +73,10 @@ def train(config: RunConfig) -> None:
         run.evaluate(step)
         run.save(step)
         if run.guard.signalled:
-            run.metrics.say(
-                f"stopped by {run.guard.signalled} after step {step}; the same command continues from there"
-            )
-        elif config.checkpoint.export:
+            run.metrics.say(f"stopped by {run.guard.signalled} after step {step}; the same command goes on from there")
+        elif step < config.train.steps:
+            run.metrics.say(f"train.max_minutes={config.train.max_minutes} is over after step {step}")
+        if config.checkpoint.export and not run.guard.signalled:
             run.export()
     finally:
         run.close()
