@@ -122,7 +122,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="moetrain",
         description="Fine-tune Mixture-of-Experts models of Transformers with expert parallelism.",
-        epilog="Exit codes: 0 done, or told to stop (SIGTERM, SIGUSR1, Ctrl-C) and saved; 2 an error that is yours to mend; "
+        epilog="Exit codes: 0 done, or told to stop (SIGTERM, SIGUSR1, Ctrl-C) and saved; 2 an error you can mend; "
         "128 + n ended by signal n; others are bugs. MOETRAIN_DEBUG=1 shows the traceback of an error.",
     )
     parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")

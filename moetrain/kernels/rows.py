@@ -29,11 +29,15 @@ class ExpertWeights(NamedTuple):
     transposed: bool = False
 
 
-def expert_weights(module: Any) -> ExpertWeights:
-    """Parameters of an experts module of Transformers, as its attributes hold them."""
-    name = "gate_up_proj" if module.has_gate else "up_proj"
-    up_bias, down_bias = (getattr(module, f"{n}_bias") if module.has_bias else None for n in (name, "down_proj"))
-    return ExpertWeights(getattr(module, name), module.down_proj, up_bias, down_bias, module.is_transposed)
+def expert_weights(module: Any, read: Callable[[Any, str], torch.Tensor] = getattr) -> ExpertWeights:
+    """Parameters of an experts module of Transformers, as its attributes hold them.
+
+    Args:
+        read: how a matrix is read off the module by its name; `adapted` adds the updates of adapters.
+    """
+    up = "gate_up_proj" if module.has_gate else "up_proj"
+    up_bias, down_bias = (getattr(module, f"{n}_bias") if module.has_bias else None for n in (up, "down_proj"))
+    return ExpertWeights(read(module, up), read(module, "down_proj"), up_bias, down_bias, module.is_transposed)
 
 
 def forward_rows(

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from moetrain.backends.peft import adapted
-from moetrain.kernels import ExpertWeights, expert_rows, experts_forward, recognise_activation
+from moetrain.kernels import expert_rows, expert_weights, experts_forward, recognise_activation
 
 _GATE = "_moetrain_gate"
 
@@ -29,7 +29,7 @@ def run_experts(experts: Any, rows_RH: Tensor, offsets_e: Tensor, weights_R: Ten
     """
     if experts.has_post_expert_norm or _implementation(experts) == "eager":
         return looped_experts(experts, rows_RH, offsets_e, weights_R)
-    weights = expert_weights(experts)
+    weights = expert_weights(experts, adapted)
     # autocast hands over rows in another type than the weights
     out = expert_rows(rows_RH.to(weights.up.dtype), offsets_e, weights_R, weights, gate_of(experts))
     return out.to(rows_RH.dtype)
@@ -40,14 +40,14 @@ def run_all_experts(experts: Any, tokens_TH: Tensor, expert_ids_TK: Tensor, weig
     tokens for the backward; None where the module needs the steps one by one."""
     if experts.has_post_expert_norm or _implementation(experts) == "eager":
         return None
-    weights = expert_weights(experts)
+    weights = expert_weights(experts, adapted)
     out = experts_forward(tokens_TH.to(weights.up.dtype), expert_ids_TK, weights_TK, weights, gate_of(experts))
     return out.to(tokens_TH.dtype)
 
 
 def looped_experts(experts: Any, rows_RH: Tensor, offsets_e: Tensor, weights_R: Tensor) -> Tensor:
     """`run_experts` expert by expert with torch's operators, and a host sync: the reference."""
-    weights = expert_weights(experts)
+    weights = expert_weights(experts, adapted)
     ends = offsets_e.tolist()
     outputs = []
     for e, (start, end) in enumerate(zip([0, *ends], ends, strict=False)):
@@ -62,18 +62,6 @@ def looped_experts(experts: Any, rows_RH: Tensor, offsets_e: Tensor, weights_R: 
             hidden = experts.post_expert_norm(hidden)
         outputs.append((hidden * weights_R[start:end, None]).to(rows_RH.dtype))
     return torch.cat([*outputs, rows_RH.new_zeros(rows_RH.shape[0] - ends[-1], rows_RH.shape[1])])
-
-
-def expert_weights(experts: Any) -> ExpertWeights:
-    """Parameters of this rank's experts, with the updates of active adapters."""
-    up = "gate_up_proj" if experts.has_gate else "up_proj"
-    return ExpertWeights(
-        adapted(experts, up),
-        adapted(experts, "down_proj"),
-        getattr(experts, f"{up}_bias") if experts.has_bias else None,
-        experts.down_proj_bias if experts.has_bias else None,
-        experts.is_transposed,
-    )
 
 
 def gate_of(experts: Any) -> Any:
