@@ -5,6 +5,7 @@ Shapes: R rows, E experts on this rank, H hidden, I intermediate, G width of the
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
