@@ -66,13 +66,17 @@ class _Prepared:
         return parallelize(model, distributed_config, apply)
 
     @staticmethod
-    def _load_pretrained_model(model: Any, state_dict: Any, files: list[str] | None, load_config: Any) -> Any:
+    def _load_pretrained_model(
+        model: Any, state_dict: Any, checkpoint_files: list[str] | None, load_config: Any, *args: Any, **kwargs: Any
+    ) -> Any:
         _refuse_sharded_fp8(model, load_config)
-        info = _check_source(files)
-        shards = files if getattr(model, "_mesh_manager", None) is not None else None
+        info = _check_source(checkpoint_files)
+        shards = checkpoint_files if getattr(model, "_mesh_manager", None) is not None else None
         if shards:
             compare_shards(load_config.weight_mapping)
-        result = PreTrainedModel._load_pretrained_model(model, state_dict, files, load_config)
+        result = PreTrainedModel._load_pretrained_model(
+            model, state_dict, checkpoint_files, load_config, *args, **kwargs
+        )
         if shards:
             reread_concatenated(model, shards, load_config.weight_mapping)
         if info is not None and (dropped := find_dropped(model, info)).tensors:

@@ -7,6 +7,7 @@ their local shards are ordinary tensors and go together.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator
@@ -85,6 +86,21 @@ def build_scheduler(optimizer: torch.optim.Optimizer, config: OptimConfig, steps
 
 
 @torch.no_grad()
+@contextlib.contextmanager
+def keep_settings(optimizer: torch.optim.Optimizer, scheduler: LambdaLR) -> Iterator[None]:
+    """Around the loading of their states: learning rate, betas, decay and the like stay those of this run's
+    configuration, which may differ from the saved run's; what was learned and counted comes from the checkpoint."""
+    kept = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+    yield
+    scheduler.base_lrs = [settings["initial_lr"] for settings in kept]
+    scheduler._last_lr = [
+        base * factor(scheduler.last_epoch)
+        for base, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
+    ]
+    for group, settings, lr in zip(optimizer.param_groups, kept, scheduler._last_lr, strict=True):
+        group.update(settings | {"lr": lr})
+
+
 def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float | None) -> Tensor:
     """Global L2 norm of the gradients, and scaling of the gradients by min(1, max_norm / (norm + 1e-6)) in place.
 

@@ -46,7 +46,7 @@ from moetrain.loss import install_loss, without_logits
 from moetrain.metrics import EvalRecord, Metrics, StepRecord
 from moetrain.moe.balance import BiasUpdate, LoadStats, set_aux_loss
 from moetrain.moe.router import set_gate
-from moetrain.optim import build_optimizer, build_scheduler, clip_grad_norm
+from moetrain.optim import build_optimizer, build_scheduler, clip_grad_norm, keep_settings
 from moetrain.parallelize import checkpoint_activations
 from moetrain.prepare import build_model, check_resume, continue_text, describe, keep_quiet, start_process_group
 
@@ -70,13 +70,15 @@ def train(config: RunConfig) -> None:
                 run.evaluate(step)
             if config.checkpoint.every and step % config.checkpoint.every == 0 and step < config.train.steps:
                 run.save(step)
+        if run.guard.signalled:
+            run.save(step)  # and nothing else: who sends SIGTERM does not wait long
+            run.metrics.say(f"stopped by {run.guard.signalled} after step {step}; the same command goes on from there")
+            return
+        if step < config.train.steps:
+            run.metrics.say(f"train.max_minutes={config.train.max_minutes} is over after step {step}")
         run.evaluate(step)
         run.save(step)
-        if run.guard.signalled:
-            run.metrics.say(f"stopped by {run.guard.signalled} after step {step}; the same command goes on from there")
-        elif step < config.train.steps:
-            run.metrics.say(f"train.max_minutes={config.train.max_minutes} is over after step {step}")
-        if config.checkpoint.export and not run.guard.signalled:
+        if config.checkpoint.export:
             run.export()
     finally:
         run.close()
@@ -92,12 +94,14 @@ class Run:
     tokenizer: Any
     data: Data
     optimizer: torch.optim.Optimizer
-    scheduler: torch.optim.lr_scheduler.LRScheduler
+    scheduler: torch.optim.lr_scheduler.LambdaLR
     stats: LoadStats
     bias_update: BiasUpdate | None
     guard: Guard
     metrics: Metrics
     started: float = dataclasses.field(default_factory=time.monotonic)
+    saved_step: int | None = None
+    """Step of the newest training checkpoint."""
 
     def step(self, step: int) -> None:
         """One optimizer step: forward and backward of each pass, clip, check, update, record."""
@@ -171,6 +175,8 @@ class Run:
 
     def save(self, step: int) -> None:
         """Training checkpoint of all ranks, committed last, then the old ones go."""
+        if step == self.saved_step:
+            return
         save_state(
             self.checkpoints,
             step,
@@ -182,6 +188,7 @@ class Run:
             dropped=self.model.dropped_weights,
         )
         prune(self.checkpoints, self.config.checkpoint.keep)
+        self.saved_step = step
         self.guard.beat(step)
 
     def resume(self) -> int:
@@ -192,9 +199,11 @@ class Run:
         path = find_latest(self.checkpoints) if choice == "auto" else Path(choice)
         if path is None:
             return 0
-        state = load_state(path, model=self.model, optimizer=self.optimizer, scheduler=self.scheduler)
+        with keep_settings(self.optimizer, self.scheduler):
+            state = load_state(path, model=self.model, optimizer=self.optimizer, scheduler=self.scheduler)
         self.data.train.load_state_dict(state.data_state)
         self.metrics.resume(state.step)
+        self.saved_step = state.step if path.parent == self.checkpoints.absolute() else None
         return state.step
 
     def export(self) -> None:

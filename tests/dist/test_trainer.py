@@ -99,3 +99,14 @@ def test_bf16_optimizer_states_learn(uninterrupted: Path, tmp_path: Path, states
     run_ranks(run, 2, tiny_run(tmp_path, **sections, checkpoint={"export": False}))
     assert losses(tmp_path)[0] == pytest.approx(losses(uninterrupted)[0], rel=5e-3)
     assert losses(tmp_path)[-1] < losses(tmp_path)[0] - 0.3
+
+
+def test_a_resumed_run_takes_the_settings_of_its_own_configuration(uninterrupted: Path, tmp_path: Path) -> None:
+    shutil.copytree(uninterrupted, tmp_path, dirs_exist_ok=True)
+    shutil.rmtree(tmp_path / "out" / "checkpoints" / "step-00000006")
+    optim = {"lr": 3e-4, "weight_decay": 0.5}
+    run_ranks(run, 2, tiny_run(tmp_path, parallel={"ep_size": 2}, optim=optim, checkpoint={"export": False}))
+    ours, before = records(tmp_path), records(uninterrupted)
+    assert [ours[step]["lr"] for step in (4, 5, 6)] == pytest.approx([0.1 * before[step]["lr"] for step in (4, 5, 6)])
+    assert ours[4]["loss"] == before[4]["loss"]  # the step's forward still saw the saved weights
+    assert ours[6]["loss"] != before[6]["loss"]
