@@ -5,6 +5,7 @@ from moetrain import AutoModelForCausalLM, DistributedConfig
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
@@ -14,6 +15,11 @@ if TYPE_CHECKING:
     from transformers.distributed import DistributedConfig
 
     from moetrain.auto import AutoModelForCausalLM, AutoModelForImageTextToText
+
+
+for _name in ("torchao", "torch.utils._pytree"):
+    # Transformers imports torchao, which warns of each of its libraries that is made for another GPU
+    logging.getLogger(_name).setLevel(logging.ERROR)
 
 
 def __getattr__(name: str) -> Any:

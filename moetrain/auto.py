@@ -12,15 +12,18 @@ from __future__ import annotations
 
 import copy
 import logging
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import transformers
 from huggingface_hub.serialization._base import parse_size_to_int
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.distributed import DistributedConfig
+from transformers.initialization import no_tie_weights
 from transformers.utils.quantization_config import QuantizationMethod
 
 from moetrain import families
@@ -48,6 +51,12 @@ class _Prepared:
         if isinstance(distributed_config, dict):
             distributed_config = DistributedConfig.from_dict(distributed_config)
         distributed_config = copy.copy(distributed_config)
+        ranks = distributed_config.dp_size * distributed_config.tp_size * distributed_config.pp_size
+        if ranks > 1 and not dist.is_initialized() and "RANK" not in os.environ:
+            raise ValueError(
+                f"distributed_config asks for {ranks} ranks, but this is a single process; start the script with "
+                f"torchrun --nproc-per-node {ranks}, or leave distributed_config out"
+            )
         if distributed_config.ep_implementation == "auto" and distributed_config.tp_size == 1:
             distributed_config.ep_implementation = NAME
         return super().prepare_distribute_model(distributed_config, device_map=device_map)  # type: ignore[misc]
@@ -176,7 +185,8 @@ class AutoModelForImageTextToText(_AutoModel, transformers.AutoModelForImageText
 
 
 def _sharded_from_config(build: Any, config: PreTrainedConfig, distributed_config: Any, **kwargs: Any) -> Any:
-    with torch.device("meta"):
+    # FSDP2 would find a tied weight in two of its groups; `initialize_weights` ties it, as loading does
+    with torch.device("meta"), no_tie_weights():
         model = build(config, **kwargs)
     distributed_config, device_map, mesh = type(model).prepare_distribute_model(distributed_config)
     model = type(model).maybe_distribute_model(model, distributed_config, mesh)

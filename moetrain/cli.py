@@ -19,8 +19,6 @@ if TYPE_CHECKING:
 
 USER_ERROR = 2
 INTERRUPTED = 130
-NOISY_LOGGERS = ("torchao", "torch.utils._pytree")
-"""torchao, which Transformers imports, warns of each of its libraries that is made for another GPU."""
 DISK_ERRNOS = (
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO),
     *(errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.ENAMETOOLONG),
@@ -30,8 +28,6 @@ DISK_ERRNOS = (
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit code. What the user can mend is one `error:` block and code 2, no traceback."""
     args = _parse(argv)
-    for name in NOISY_LOGGERS:
-        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         code: int = args.verb(args)
     except KeyboardInterrupt:

@@ -61,7 +61,9 @@ def train(config: RunConfig) -> None:
     run = setup(config)
     try:
         step = run.resume()
-        if step == 0:
+        if step >= config.train.steps:
+            run.metrics.say(f"nothing left to train: {step} steps are done, train.steps is {config.train.steps}")
+        elif step == 0:
             run.evaluate(step)
         while step < config.train.steps and not run.should_stop():
             step += 1
@@ -102,6 +104,7 @@ class Run:
     started: float = dataclasses.field(default_factory=time.monotonic)
     saved_step: int | None = None
     """Step of the newest training checkpoint."""
+    evaluated_step: int | None = None
 
     def step(self, step: int) -> None:
         """One optimizer step: forward and backward of each pass, clip, check, update, record."""
@@ -154,6 +157,9 @@ class Run:
     @torch.no_grad()
     def evaluate(self, step: int) -> None:
         """Mean loss over the label tokens of the validation rows, the same rows each time and for any world."""
+        if step == self.evaluated_step:
+            return
+        self.evaluated_step = step
         self.model.eval()
         total, tokens = torch.zeros((), device=self.device), 0
         one = torch.ones((), device=self.device)
@@ -203,6 +209,7 @@ class Run:
             state = load_state(path, model=self.model, optimizer=self.optimizer, scheduler=self.scheduler)
         self.data.train.load_state_dict(state.data_state)
         self.metrics.resume(state.step)
+        self.metrics.say(f"goes on from {path}, step {state.step} of {self.config.train.steps}")
         self.saved_step = state.step if path.parent == self.checkpoints.absolute() else None
         return state.step
 

@@ -216,7 +216,7 @@ def _progress_bar(
 
 def _warn_of_skipped(source: Source, file: TokenFile) -> None:
     if count := file.header["skipped_lines"]:
-        logger.warning("%s: skipped %d bad lines, the first: %s", source.path, count, file.header["first_skipped"])
+        logger.warning("%s: bad lines skipped: %d, the first: %s", source.path, count, file.header["first_skipped"])
 
 
 def _nothing(source: Source, files: list[InputFile], bad: BadLines) -> str:
