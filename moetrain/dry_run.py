@@ -69,7 +69,8 @@ def _size(model: PreTrainedModel) -> str:
 def _layout(config: RunConfig, world: int, model: PreTrainedModel) -> str:
     parallel = config.parallel
     layout = check_layout(model, world, parallel)
-    shards = f"{world} {'process' if world == 1 else 'processes'}: dp_replicate {parallel.dp_replicate_size} x fsdp {layout.fsdp_size}"
+    ranks = "1 process" if world == 1 else f"{world} processes"
+    shards = f"{ranks}: dp_replicate {parallel.dp_replicate_size} x fsdp {layout.fsdp_size}"
     if parallel.ep_size == 1:
         return shards
     if reason := families.fallback_reason(model):

@@ -67,7 +67,7 @@ def test_skipped_lines_are_reported(tmp_path: Path, caplog: pytest.LogCaptureFix
         summary = data(config(path, on_bad_line="skip"), tmp_path).summary
         assert summary["skipped_lines"] == 2
         assert "a.jsonl:51: malformed JSON" in summary["sources"][0]["first_skipped"]
-        assert "skipped 2 bad lines, the first: " in caplog.text
+        assert "bad lines skipped: 2, the first: " in caplog.text
     json.dumps(summary)
 
 
