@@ -1,7 +1,8 @@
 """Random weights for a sharded model that never exists whole.
 
-Transformers' `_init_weights` of a family is called module by module, as it is. A module's parameters are whole while
-its turn lasts, and each rank keeps its shard: the dense weights do not depend on the layout. Experts, the one part
+Transformers' `_init_weights` of a family is called module by module, as it is. A module's parameters and those of its
+children, which some families set from above, are whole while its turn lasts, and each rank keeps its shard: the dense
+weights do not depend on the layout. Experts, the one part
 that would not fit, are drawn shard by shard.
 """
 
@@ -39,11 +40,14 @@ def initialize_weights(model: PreTrainedModel, shard: int) -> None:
                 if apart:
                     init(module)
                 else:
-                    with _whole_parameters(module):
+                    children = [child for child in module.children() if child not in experts]
+                    with _whole_parameters(module, children):
                         init(module)
 
         return init_module
 
+    for module in model.modules():
+        module._is_hf_initialized = False  # building on the meta device has marked them
     parts = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
     for part in parts:
         part._init_weights = wrap(part._init_weights)
@@ -65,20 +69,25 @@ def _seeded(seed: int, *what: Any) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _whole_parameters(module: nn.Module) -> Iterator[None]:
-    """Plain tensors in the place of the module's own sharded parameters; each rank keeps its part of their values."""
-    sharded = {name: p for name, p in module.named_parameters(recurse=False) if isinstance(p, DTensor)}
-    whole = {}
-    for name, parameter in sharded.items():
-        empty = torch.empty(parameter.shape, dtype=parameter.dtype, device=parameter.device)
-        whole[name] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
-        module._parameters[name] = whole[name]
+def _whole_parameters(module: nn.Module, children: list[nn.Module]) -> Iterator[None]:
+    """Plain tensors in the place of the sharded parameters of `module` and `children` themselves; each rank keeps its
+    part of their values, of children where they were written."""
+    replaced: list[tuple[nn.Module, str, DTensor, nn.Parameter]] = []
+    for owner in (module, *children):
+        for name, parameter in list(owner.named_parameters(recurse=False)):
+            if isinstance(parameter, DTensor):
+                empty = torch.empty(parameter.shape, dtype=parameter.dtype, device=parameter.device)
+                whole = nn.Parameter(empty, requires_grad=parameter.requires_grad)
+                owner._parameters[name] = whole
+                replaced.append((owner, name, parameter, whole))
+    versions = [whole._version for *_, whole in replaced]
     try:
         yield
     finally:
-        for name, parameter in sharded.items():
-            module._parameters[name] = parameter
-            _keep_shard(parameter, whole[name])
+        for (owner, name, parameter, whole), version in zip(replaced, versions, strict=True):
+            owner._parameters[name] = parameter
+            if owner is module or whole._version != version:
+                _keep_shard(parameter, whole)
 
 
 @torch.no_grad()

@@ -88,6 +88,25 @@ def random_model(rank: int, world_size: int, family: str, layout: dict[str, Any]
     }
 
 
+def random_weights(rank: int, world_size: int, families: list[str]) -> dict[str, dict[str, Any]]:
+    """Models with tied embeddings, made from their configurations: loss, and the largest weight of a router."""
+    results = {}
+    for family in families:
+        config = FAMILIES[family]()
+        config.tie_word_embeddings = True
+        layout = DistributedConfig(fsdp_size=world_size, ep_size=world_size)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, distributed_config=layout)
+        routers = [full(p) for name, p in model.named_parameters() if name.endswith("mlp.gate.weight")]
+        loss = model(**batch(rank), use_cache=False).loss
+        loss.backward()
+        results[family] = {
+            "loss": loss.item(),
+            "routers": [(router.abs().max().item(), router.std().item()) for router in routers],
+            "tied": model.lm_head.weight is model.model.embed_tokens.weight,
+        }
+    return results
+
+
 def checkpointed(rank: int, world_size: int, family: str, folder: str) -> dict[str, Any]:
     """Gradients and the number of exchanges of each mode of activation checkpointing."""
     save_plain(rank, family, folder)

@@ -14,6 +14,7 @@ from tests.dist.auto_cases import (
     dropped_weights,
     image_text,
     random_model,
+    random_weights,
     refuses,
 )
 from tests.ranks import run_ranks
@@ -43,6 +44,16 @@ def test_from_config_draws_every_shard_apart(family: str) -> None:
     assert ranks[0]["dense_shard_sum"] == ranks[2]["dense_shard_sum"]
     assert ranks[1]["dense_shard_sum"] == ranks[3]["dense_shard_sum"]
     assert ranks[0]["dense_shard_sum"] != ranks[1]["dense_shard_sum"]
+
+
+def test_from_config_ties_embeddings_and_draws_what_a_parent_sets() -> None:
+    for family, model in run_ranks(random_weights, 2, ["qwen3_moe", "qwen3_next"])[0].items():
+        assert 4.0 < model["loss"] < 6.0, family  # ln(128) = 4.85
+        assert model["tied"], family
+        assert model["routers"], family
+        for largest, std in model["routers"]:
+            assert largest < 0.15, family
+            assert std == pytest.approx(0.02, rel=0.2), family
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "nemotron_h+latent", "gpt_oss", "deepseek_v3"])
