@@ -2,8 +2,7 @@
 
 Transformers' `_init_weights` of a family is called module by module, as it is. A module's parameters and those of its
 children, which some families set from above, are whole while its turn lasts, and each rank keeps its shard: the dense
-weights do not depend on the layout. Experts, the one part
-that would not fit, are drawn shard by shard.
+weights do not depend on the layout. Experts, the one part that would not fit, are drawn shard by shard.
 """
 
 from __future__ import annotations
@@ -46,16 +45,17 @@ def initialize_weights(model: PreTrainedModel, shard: int) -> None:
 
         return init_module
 
-    for module in model.modules():
-        module._is_hf_initialized = False  # building on the meta device has marked them
     parts = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
     for part in parts:
         part._init_weights = wrap(part._init_weights)
+    # FSDP2's subclass is of torch's module, and of code not its own Transformers skips modules without parameters
+    model.is_custom_code = lambda: False  # type: ignore[method-assign]
     try:
         model.initialize_weights()
     finally:
         for part in parts:
             del part._init_weights
+        del model.is_custom_code
     model.tie_weights(recompute_mapping=False)
 
 
@@ -72,7 +72,7 @@ def _seeded(seed: int, *what: Any) -> Iterator[None]:
 def _whole_parameters(module: nn.Module, children: list[nn.Module]) -> Iterator[None]:
     """Plain tensors in the place of the sharded parameters of `module` and `children` themselves; each rank keeps its
     part of their values, of children where they were written."""
-    replaced: list[tuple[nn.Module, str, DTensor, nn.Parameter]] = []
+    replaced: list[tuple[nn.Module, str, Any, nn.Parameter]] = []
     for owner in (module, *children):
         for name, parameter in list(owner.named_parameters(recurse=False)):
             if isinstance(parameter, DTensor):
