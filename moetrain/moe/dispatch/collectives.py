@@ -6,8 +6,7 @@ the hooks of nested FSDP2 groups break. Only communication is to be kept here, s
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any
 
@@ -40,17 +39,21 @@ def keep_received() -> tuple[Any, Any]:
     """`context_fn` of `torch.utils.checkpoint.checkpoint`: the recomputation takes what the forward received and sends
     nothing."""
     tape = _Tape()
-    return _running(tape, replays=False), _running(tape, replays=True)
+    return _Running(tape, replays=False), _Running(tape, replays=True)
 
 
-@contextlib.contextmanager
-def _running(tape: _Tape, replays: bool) -> Iterator[None]:
-    tape.position, tape.replays = 0, replays
-    token = _tape.set(tape)
-    try:
-        yield
-    finally:
-        _tape.reset(token)
+class _Running:
+    """Context in which a tape records or replays; a backward with `retain_graph` enters it once more."""
+
+    def __init__(self, tape: _Tape, replays: bool) -> None:
+        self.tape, self.replays = tape, replays
+
+    def __enter__(self) -> None:
+        self.tape.position, self.tape.replays = 0, self.replays
+        self.token = _tape.set(self.tape)
+
+    def __exit__(self, *_: object) -> None:
+        _tape.reset(self.token)
 
 
 def exchange_counts(counts: Tensor, group_name: str) -> Tensor:
