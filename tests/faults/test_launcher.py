@@ -99,7 +99,9 @@ def started(tmp_path: Path) -> Iterator[list[subprocess.Popen[str]]]:
 
 def start_launcher(folder: Path, body: str, ranks: int, started: list[subprocess.Popen[str]]) -> subprocess.Popen[str]:
     call = f"run_local({command(folder, body)!r}, {ranks}, pathlib.Path({str(folder / 'logs')!r}))"
-    code = f"import pathlib, sys; from moetrain.launcher import run_local; sys.exit({call})"
+    # a test run under nohup hands down an ignored SIGHUP
+    hang_up = "import signal; signal.signal(signal.SIGHUP, signal.SIG_DFL)"
+    code = f"{hang_up}; import pathlib, sys; from moetrain.launcher import run_local; sys.exit({call})"
     process = subprocess.Popen(
         [sys.executable, "-c", code], cwd=ROOT, text=True, stderr=subprocess.PIPE, start_new_session=True
     )
