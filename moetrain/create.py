@@ -7,7 +7,7 @@ import difflib
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
@@ -26,6 +26,7 @@ from moetrain import families, mesh
 from moetrain.checkpoint.manifest import hash_file, write_manifest
 from moetrain.config import CreateConfig, ModelConfig, ParallelConfig
 from moetrain.data.tokenizer import train_tokenizer
+from moetrain.parallelize import check_experts_divide
 
 _FETCHED = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py"]
 _NOT_FETCHED = ["original/*", "metal/*", "onnx/*", "consolidated*"]
@@ -52,7 +53,7 @@ def find_checkpoint(path: str) -> Path:
     return directory
 
 
-def load_config(directory: Path, model: ModelConfig) -> PreTrainedConfig:
+def load_model_config(directory: Path, model: ModelConfig) -> PreTrainedConfig:
     """The Transformers configuration of a checkpoint. Raises ValueError when it is missing or damaged, has a value of
     the wrong type, or needs code of its own that is not trusted."""
     try:
@@ -93,8 +94,7 @@ def check_layout(model: PreTrainedModel, world: int, parallel: ParallelConfig) -
     layout = mesh.layout(world, parallel.ep_size, parallel.dp_replicate_size)
     if parallel.ep_size > 1 and families.fallback_reason(model) is None:
         families.check_supported(model.config)
-        for _, experts in families.experts_modules(model):
-            mesh.check_ep_divides(cast(int, experts.num_experts), parallel.ep_size, layout.fsdp_size)
+        check_experts_divide(model, layout)
     return layout
 
 

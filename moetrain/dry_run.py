@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from moetrain import families
 from moetrain.checkpoint import check_checkpoint
 from moetrain.config import DataConfig, RunConfig, Source
-from moetrain.create import check_layout, find_checkpoint, load_config, load_tokenizer, meta_model, new_config
+from moetrain.create import check_layout, find_checkpoint, load_model_config, load_tokenizer, meta_model, new_config
 from moetrain.data.sources import STDLIB, find_files
 from moetrain.data.tokenize import check_vocabulary
 from moetrain.launcher import num_processes
@@ -56,7 +56,7 @@ def _model(config: RunConfig) -> tuple[PreTrainedModel, str]:
         return model, f"{path} will be made: {_size(model)}, random weights"
     directory = find_checkpoint(path)
     info = check_checkpoint(directory)
-    model_config = load_config(directory, config.model)
+    model_config = load_model_config(directory, config.model)
     check_vocabulary(load_tokenizer(directory, config.model), model_config)
     model = meta_model(model_config, config.model)
     return model, f"{path}: {_size(model)}, {info.nbytes / 2**30:.2f} GiB in {_files(len(info.sizes))}, headers whole"

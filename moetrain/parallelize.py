@@ -37,9 +37,7 @@ def parallelize(
         ValueError: `ep_size` does not divide the experts, or the family cannot be expert-parallel.
     """
     if config.ep_size > 1:
-        experts: Any
-        for _, experts in families.experts_modules(model):
-            check_ep_divides(experts.num_experts, config.ep_size, config.fsdp_size)
+        check_experts_divide(model, config)
         model._ep_plan = families.ep_plan(model)
     if config.dp_size > 1:
         model._fsdp_plan = families.fsdp_plan(model)
@@ -49,6 +47,13 @@ def parallelize(
         # without a backward nothing frees what the last forward gathered, and an optimizer made then would take it
         model.register_forward_hook(lambda *_: None if torch.is_grad_enabled() else reshard(model))
     return model
+
+
+def check_experts_divide(model: PreTrainedModel, config: DistributedConfig) -> None:
+    """Raises ValueError, listing the valid sizes, where `ep_size` ranks cannot share a layer's experts evenly."""
+    experts: Any
+    for _, experts in families.experts_modules(model):
+        check_ep_divides(experts.num_experts, config.ep_size, config.fsdp_size)
 
 
 def without_expert_parallelism(config: DistributedConfig) -> DistributedConfig:

@@ -36,7 +36,7 @@ from moetrain.create import (
     check_layout,
     create_checkpoint,
     find_checkpoint,
-    load_config,
+    load_model_config,
     load_tokenizer,
     meta_model,
 )
@@ -169,7 +169,7 @@ class Run:
                 tokens += count_labels(batch)
         self.model.train()
         all_tokens = self.global_sum(tokens)
-        loss = self.mean_over_ranks(total) * mesh.world_size() / max(all_tokens, 1.0)
+        loss = self.global_sum(total.item()) / max(all_tokens, 1.0)
         self.guard.beat(step)
         self.metrics.eval(EvalRecord(step=step, loss=loss, tokens=int(all_tokens)))
 
@@ -267,7 +267,7 @@ def setup(config: RunConfig) -> Run:
     barrier()
     directory = find_checkpoint(config.model.path)
     checkpoint = check_checkpoint(directory)
-    model_config = load_config(directory, config.model)
+    model_config = load_model_config(directory, config.model)
     tokenizer = load_tokenizer(directory, config.model)
     check_vocabulary(tokenizer, model_config)
     check_layout(meta_model(model_config, config.model), mesh.world_size(), config.parallel)

@@ -8,6 +8,7 @@ bias.py         biases of experts
 rows.py         the experts' arithmetic made of them
 experts.py      experts_forward, expert_rows: the layer, differentiable
 exchange.py     Exchange: tokens to other ranks and back (nvlink.py: its kernels)
+linear_cross_entropy.py    the head and its loss, without the logits of all tokens
 """
 
 from __future__ import annotations
