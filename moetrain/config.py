@@ -38,8 +38,9 @@ class ModelConfig(_Section):
     """Name in Transformers' attention registry (`sdpa`, `eager`, `flash_attention_2`, ...); None: the model chooses."""
     experts: Literal["auto", "eager"] = "auto"
     """Arithmetic of the experts: `auto` is grouped products and fused kernels, `eager` a loop, their reference."""
-    dispatch: Literal["auto", "local", "alltoall"] = "auto"
-    """How tokens reach the ranks of their experts. `auto` takes `local` on one rank, `alltoall` on several."""
+    dispatch: Literal["auto", "local", "alltoall", "allgather", "nvlink"] = "auto"
+    """How tokens reach the ranks of their experts. `auto` takes `local` on one rank, `nvlink` on GPUs that reach each
+    other's memory, else `alltoall`."""
     activation_checkpointing: Literal["none", "full", "selective"] = "none"
     """`full` recomputes each layer in the backward; `selective` does too, but keeps what dispatch and combine
     received, so that the recomputation sends nothing."""
@@ -54,6 +55,9 @@ class ParallelConfig(_Section):
     """Ranks that hold distinct experts. Divides the number of experts and the ranks of a replica."""
     dp_replicate_size: PositiveInt = 1
     """Replicas of the sharded model (HSDP); the rest of the world is the FSDP axis."""
+    keep_gathered: Literal["auto", "always", "never"] = "auto"
+    """Whether dense weights stay gathered from a pass's forward to its backward; `auto`: where they take no more than
+    8 % of the GPU's memory."""
     timeout_seconds: PositiveInt = 600
     """A collective that takes longer ends the run with a report instead of hanging."""
 
@@ -157,6 +161,8 @@ class TrainConfig(_Section):
     seed: int = 0
     loss: Literal["auto", "fused", "plain"] = "auto"
     """`fused` never holds the logits of all tokens; `auto` takes it where the model's head allows."""
+    cuda_graph: Literal["auto", "on", "off"] = "auto"
+    """Forward and backward as one CUDA graph: `auto` where model and setting allow it, `on` or an error, `off`."""
     max_minutes: Annotated[float, Field(gt=0)] | None = None
     """Stop, save and export cleanly after this long."""
     sample_prompt: str | None = None

@@ -11,14 +11,16 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.distributed.fsdp import FSDPModule
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.distributed import DistributedConfig
 
 from moetrain import families
 from moetrain.backends import peft
+from moetrain.fsdp import keep_gathered, reshard, use_in_place
 from moetrain.mesh import check_ep_divides
 from moetrain.moe.dispatch import keep_received
+from moetrain.moe.router import has_random_gate
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +45,8 @@ def parallelize(
         model._fsdp_plan = families.fsdp_plan(model)
     model = apply(model)
     if config.dp_size > 1:
+        use_in_place(model)
+        keep_gathered(model)
         peft.teach_dtensors()
         # without a backward nothing frees what the last forward gathered, and an optimizer made then would take it
         model.register_forward_hook(lambda *_: None if torch.is_grad_enabled() else reshard(model))
@@ -74,7 +78,8 @@ def checkpoint_activations(model: PreTrainedModel, mode: str) -> None:
         raise ValueError(
             f"{type(model).__name__} does not support activation checkpointing; set model.activation_checkpointing=none"
         )
-    kwargs: dict[str, Any] = {"use_reentrant": False}
+    # without dropout a recomputation draws nothing, and reading the generator's state would wait for the host
+    kwargs: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": draws_random_numbers(model)}
     if mode == "selective":
         kwargs["context_fn"] = keep_received
     elif mode != "full":
@@ -82,8 +87,9 @@ def checkpoint_activations(model: PreTrainedModel, mode: str) -> None:
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
 
 
-def reshard(model: PreTrainedModel) -> None:
-    """Free what a forward has left gathered, and give `parameters()` the shards back."""
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
+def draws_random_numbers(model: PreTrainedModel) -> bool:
+    """Whether a forward in training mode draws from a generator: dropout, or a random gate."""
+    modules = any(isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0 for module in model.modules())
+    config = model.config.get_text_config().to_dict()
+    rates = [value for name, value in config.items() if ("dropout" in name or "jitter" in name) and value]
+    return modules or any(isinstance(rate, float) and rate > 0 for rate in rates) or has_random_gate(model)

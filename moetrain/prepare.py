@@ -20,6 +20,7 @@ from moetrain.checkpoint.state import why_incomplete
 from moetrain.config import RunConfig
 from moetrain.create import check_loaded
 from moetrain.data import Data
+from moetrain.moe.dispatch import fastest_dispatch
 from moetrain.moe.layer import ep_implementation
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -66,8 +67,12 @@ def build_model(config: RunConfig, directory: Path) -> PreTrainedModel:
     world = mesh.world_size()
     if world > 1:
         parallel = config.parallel
-        dispatch = ep_implementation(config.model.dispatch)
-        kwargs["distributed_config"] = mesh.layout(world, parallel.ep_size, parallel.dp_replicate_size, dispatch)
+        dispatch = config.model.dispatch
+        if dispatch == "auto" and parallel.ep_size > 1:
+            dispatch = fastest_dispatch(parallel.ep_size)
+        kwargs["distributed_config"] = mesh.layout(
+            world, parallel.ep_size, parallel.dp_replicate_size, ep_implementation(dispatch)
+        )
     # what does not fit is named below, in place of random weights and a warning
     kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
     try:

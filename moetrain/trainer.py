@@ -41,6 +41,8 @@ from moetrain.create import (
     meta_model,
 )
 from moetrain.data import Data, build_data, check_vocabulary, isolate_documents, training_texts
+from moetrain.fsdp import keep_gathered
+from moetrain.graph import Passes
 from moetrain.guard import Guard, check_writable
 from moetrain.loss import install_loss, without_logits
 from moetrain.metrics import EvalRecord, Metrics, StepRecord
@@ -51,8 +53,10 @@ from moetrain.parallelize import checkpoint_activations
 from moetrain.prepare import build_model, check_resume, continue_text, describe, keep_quiet, start_process_group
 
 
-def train(config: RunConfig) -> None:
+def train(config: RunConfig) -> bool:
     """Run one training from its configuration, in this process and those that the launcher started with it.
+
+    Returns whether it is done, on every rank: False when a signal stopped it and the same command goes on from there.
 
     Raises:
         ValueError: the configuration does not fit the model, the data or the machine; nothing has been written yet.
@@ -75,13 +79,14 @@ def train(config: RunConfig) -> None:
         if run.guard.signalled:
             run.save(step)  # and nothing else: who sends SIGTERM does not wait long
             run.metrics.say(f"stopped by {run.guard.signalled} after step {step}; the same command goes on from there")
-            return
+            return False
         if step < config.train.steps:
             run.metrics.say(f"train.max_minutes={config.train.max_minutes} is over after step {step}")
         run.evaluate(step)
         run.save(step)
         if config.checkpoint.export:
             run.export()
+        return True
     finally:
         run.close()
 
@@ -93,6 +98,7 @@ class Run:
     config: RunConfig
     device: torch.device
     model: PreTrainedModel
+    passes: Passes
     tokenizer: Any
     data: Data
     optimizer: torch.optim.Optimizer
@@ -111,17 +117,16 @@ class Run:
         begin = time.perf_counter()
         passes = [next(self.data.train) for _ in range(self.config.train.grad_accum)]
         label_tokens = self.global_sum(sum(count_labels(batch) for batch in passes))
-        loss = torch.zeros((), device=self.device)
-        for batch in passes:
-            loss += self.forward_backward(batch, label_tokens)
-
+        loss = self.forward_backward(passes, label_tokens)
+        while self.passes.overflowed():
+            self.stats.discard()
+            loss = self.forward_backward(passes, label_tokens)
         grad_norm = clip_grad_norm(self.model.parameters(), self.config.optim.max_grad_norm)
         mean_loss, norm = self.mean_over_ranks(loss), grad_norm.item()
         self.guard.check_finite(step, mean_loss, norm)
         lr = float(self.scheduler.get_last_lr()[0])
         self.optimizer.step()
         self.scheduler.step()
-        self.optimizer.zero_grad(set_to_none=True)
         balance = self.stats.read()
         if self.bias_update is not None:
             self.bias_update.step()
@@ -145,13 +150,13 @@ class Run:
             )
         )
 
-    def forward_backward(self, batch: dict[str, Tensor], label_tokens: float) -> Tensor:
-        """Gradients of one pass; returns its share of the step's loss on this rank."""
+    def forward_backward(self, batches: list[dict[str, Tensor]], label_tokens: float) -> Tensor:
+        """Gradients of a step's passes; returns this rank's share of the step's loss."""
         # an empty pass (padding only) still runs: its ranks' collectives belong to everyone
-        scale = torch.tensor(max(label_tokens, 1.0) / mesh.world_size(), device=self.device)
-        output = self.model(**self.to_device(batch), num_items_in_batch=scale, use_cache=False)
-        output.loss.backward()
-        loss: Tensor = output.loss.detach()
+        scale = max(label_tokens, 1.0) / mesh.world_size()
+        loss = torch.zeros((), device=self.device)
+        for number, batch in enumerate(batches):
+            loss += self.passes(batch, scale, accumulate=number > 0)
         return loss
 
     @torch.no_grad()
@@ -224,6 +229,7 @@ class Run:
         barrier()
 
     def close(self) -> None:
+        self.passes.close()
         self.metrics.close()
         self.guard.close()
 
@@ -299,12 +305,14 @@ def setup(config: RunConfig) -> Run:
     set_gate(model, config.balance.gate)
     stats = LoadStats.attach(model)
     rate = config.balance.bias_update_rate
+    metrics.say(keep_gathered(model, config.parallel.keep_gathered))
     checkpoint_activations(model, config.model.activation_checkpointing)
     optimizer = build_optimizer(model, config.optim)
     return Run(
         config=config,
         device=device,
         model=model,
+        passes=Passes(model, config.train.cuda_graph),
         tokenizer=tokenizer,
         data=data,
         optimizer=optimizer,

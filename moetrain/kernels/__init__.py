@@ -7,7 +7,7 @@ gated.py        activation * routing weight (activation.py: the table of activat
 bias.py         biases of experts
 rows.py         the experts' arithmetic made of them
 experts.py      experts_forward, expert_rows: the layer, differentiable
-exchange.py     Exchange: tokens to other ranks and back (nvlink.py: its kernels)
+exchange.py     Exchange: tokens to other ranks and back, static in shape (nvlink.py: kernels of NvlinkExchange)
 linear_cross_entropy.py    the head and its loss, without the logits of all tokens
 """
 
@@ -20,6 +20,7 @@ import torch
 
 from moetrain.kernels._triton import triton
 from moetrain.kernels.activation import Activation, recognise_activation
+from moetrain.kernels.exchange import Exchange, GatherExchange, NvlinkExchange
 from moetrain.kernels.experts import expert_rows, experts_forward
 from moetrain.kernels.grouped import grouped_mm
 from moetrain.kernels.permutation import permute, unpermute_reduce
@@ -30,7 +31,10 @@ __all__ = [
     "KERNELS",
     "Activation",
     "Backend",
+    "Exchange",
     "ExpertWeights",
+    "GatherExchange",
+    "NvlinkExchange",
     "Routing",
     "expert_rows",
     "expert_weights",

@@ -1,15 +1,17 @@
-"""Tokens to the ranks of their experts and back, by stores into the other GPUs' memory over NVLink.
+"""Tokens to the ranks of their experts and back, with shapes that do not depend on the choices and without the host.
 
-A token goes once to each rank that holds any of its experts, and one partial sum comes back from each: with 8 experts
-of 128 on 8 ranks 5.3 copies instead of 8. Where a token lands is its own number, `[source rank, token]`, so nothing is
-counted or agreed on before it is sent, every shape is static and no rank waits for a host.
+Where a token lands is its own number, `[source rank, token]`, so nothing is counted or agreed on before it is sent.
+Two ways: `NvlinkExchange` stores into the other GPUs' memory, each token once to each rank that holds any of its
+experts, and one partial sum comes back from each: with 8 experts of 128 on 8 ranks 5.3 copies instead of 8.
+`GatherExchange` uses the collectives of any backend, all-gather and reduce-scatter: every token to every rank.
 
 Shapes: W ranks, T tokens of a rank, S = W*T tokens of all ranks, K choices of a token (top_k), H hidden, E experts of
-this rank, R rows (capacity). Every rank must have the same T.
+this rank, R rows (capacity). Every rank must have the same T in a call.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any, NamedTuple
 
 import torch
@@ -21,7 +23,7 @@ from moetrain.kernels.nvlink import (
     push_tokens,
     sum_partials,
 )
-from moetrain.kernels.permutation import permute_rows
+from moetrain.kernels.permutation import permute_rows, sum_rows
 from moetrain.kernels.routing import Routing, route_sort
 
 
@@ -34,13 +36,95 @@ class Peers(NamedTuple):
     """Addresses of all ranks' buffers, int64 [W] on the device."""
 
 
-class Exchange:
-    """The buffers of one group of ranks, and the exchange through them. Two calls in flight would overwrite each other:
-    one instance serves all layers of a model, in the order of one stream.
+class Exchange(ABC):
+    """Two round trips, each begun by `post` on every rank and ended by `take`. One instance serves all layers of a
+    model, in the order of one stream: two calls in flight would overwrite each other."""
+
+    @abstractmethod
+    def post_tokens(self, x_TH: torch.Tensor, index_TK: torch.Tensor, weights_TK: torch.Tensor | None) -> None:
+        """Bring tokens to the ranks of their experts (int32 ids), with the choices and weights (fp32) where given."""
+
+    @abstractmethod
+    def take_rows(self, capacity: int | None) -> tuple[torch.Tensor, torch.Tensor, Routing]:
+        """What `post_tokens` brought, in expert order: rows [R, H], weights [R] in fp32, and where each came from
+        (`row_TK` is [S, K]).
+
+        Args:
+            capacity: rows R to make room for; more are cut, and `Routing.counts_E` tells. None makes room for all,
+                whose number is read on the host.
+        """
+
+    @abstractmethod
+    def take_more_rows(self, row_SK: torch.Tensor, capacity: int) -> torch.Tensor:
+        """What `post_tokens` brought without choices, in the order of an earlier `take_rows`: a gradient's rows."""
+
+    @abstractmethod
+    def post_sums(self, rows_RH: torch.Tensor, weights_R: torch.Tensor | None, row_SK: torch.Tensor) -> None:
+        """Sum each token's rows and bring the sums back to the tokens' ranks, and the rows' weights where given."""
+
+    @abstractmethod
+    def take_sums(self, index_TK: torch.Tensor, weighted: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Sum of what came back for each token [T, H], and the weight of each choice [T, K] if `weighted`."""
+
+    def begin_capture(self) -> None:  # noqa: B027 - most have nothing to do
+        """Called before a CUDA graph records calls: nothing may be assumed of the calls before a replay."""
+
+
+class GatherExchange(Exchange):
+    """By all-gather and reduce-scatter, on NCCL or gloo. Sums travel in the rows' type.
+
+    Args:
+        group: every rank has the same number of tokens in a call.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, num_local_experts: int) -> None:
+        self.group, self.num_local_experts = group, num_local_experts
+        self.first = dist.get_rank(group) * num_local_experts
+        self.posted: tuple[torch.Tensor | None, ...] = ()
+
+    def post_tokens(self, x_TH: torch.Tensor, index_TK: torch.Tensor, weights_TK: torch.Tensor | None) -> None:
+        choices = (None, None) if weights_TK is None else (self._gather(index_TK), self._gather(weights_TK))
+        self.posted = (self._gather(x_TH), *choices)
+
+    def take_rows(self, capacity: int | None) -> tuple[torch.Tensor, torch.Tensor, Routing]:
+        x_SH, index_SK, weights_SK = self.posted
+        assert x_SH is not None and index_SK is not None
+        if capacity is None:
+            capacity = count_rows(index_SK, self.first, self.num_local_experts)
+        routing = route_sort(index_SK, self.num_local_experts, capacity, self.first)
+        return *permute_rows(x_SH, weights_SK, routing.row_TK, capacity), routing
+
+    def take_more_rows(self, row_SK: torch.Tensor, capacity: int) -> torch.Tensor:
+        x_SH = self.posted[0]
+        assert x_SH is not None
+        return permute_rows(x_SH, None, row_SK, capacity)[0]
+
+    def post_sums(self, rows_RH: torch.Tensor, weights_R: torch.Tensor | None, row_SK: torch.Tensor) -> None:
+        out_SH, weights_SK = sum_rows(rows_RH, weights_R, row_SK)
+        self.posted = (self._scatter(out_SH), None if weights_R is None else self._scatter(weights_SK))
+
+    def take_sums(self, index_TK: torch.Tensor, weighted: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+        out_TH, weights_TK = self.posted
+        assert out_TH is not None and (weights_TK is not None or not weighted)
+        return out_TH, weights_TK
+
+    def _gather(self, tensor: torch.Tensor) -> torch.Tensor:
+        ranks = dist.get_world_size(self.group)
+        out = tensor.new_empty(ranks * tensor.shape[0], *tensor.shape[1:])
+        dist.all_gather_into_tensor(out, tensor.contiguous(), group=self.group)
+        return out
+
+    def _scatter(self, tensor: torch.Tensor) -> torch.Tensor:
+        out = tensor.new_empty(tensor.shape[0] // dist.get_world_size(self.group), *tensor.shape[1:])
+        dist.reduce_scatter_tensor(out, tensor, group=self.group)
+        return out
+
+
+class NvlinkExchange(Exchange):
+    """By stores over NVLink into symmetric memory.
 
     Args:
         group: ranks of one NVLink domain, each with `tokens` tokens in every call.
-        capacity: rows of this rank's experts that there is room for; more are cut, see `Routing.counts_E`.
     """
 
     def __init__(
@@ -50,11 +134,10 @@ class Exchange:
         hidden: int,
         top_k: int,
         num_local_experts: int,
-        capacity: int,
         dtype: torch.dtype = torch.bfloat16,
     ) -> None:
         self.rank, self.world = dist.get_rank(group), dist.get_world_size(group)
-        self.tokens, self.num_local_experts, self.capacity = tokens, num_local_experts, capacity
+        self.tokens, self.num_local_experts = tokens, num_local_experts
         everyone = self.world * tokens
         device = torch.device("cuda", torch.cuda.current_device())
         sizes = {"sent": everyone * hidden * dtype.itemsize, "returned": everyone * hidden * dtype.itemsize}
@@ -73,52 +156,35 @@ class Exchange:
         self.choices.local.fill_(-1)
         self._busy: str | None = None
 
-    def dispatch(
-        self, x_TH: torch.Tensor, index_TK: torch.Tensor, weights_TK: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, Routing]:
-        """Rows [R, H] for this rank's experts, their routing weights [R] in fp32, and where each came from (slots of
-        S * K). Differentiable."""
-        rows_RH, weights_R, *routing = _Dispatch.apply(x_TH, weights_TK, index_TK, self)
-        return rows_RH, weights_R, Routing(*routing)
-
-    def combine(self, rows_RH: torch.Tensor, index_TK: torch.Tensor, routing: Routing) -> torch.Tensor:
-        """Sum of each token's rows over all ranks [T, H]: in fp32 on each rank, rounded, and again in fp32.
-        Differentiable."""
-        out_TH: torch.Tensor = _Combine.apply(rows_RH, index_TK, routing.row_TK, self)
-        return out_TH
-
     def post_tokens(self, x_TH: torch.Tensor, index_TK: torch.Tensor, weights_TK: torch.Tensor | None) -> None:
-        """Bring tokens to the ranks of their experts (int32 ids), with the choices and weights (fp32) where given.
-        `take_rows` or `take_more_rows` may follow."""
         self._before("sent")
         if weights_TK is not None:
             push_choices(index_TK, weights_TK, self.choices.table, self.weights.table, self.rank)
         push_tokens(x_TH, index_TK, self.sent.table, self.rank, self.num_local_experts)
         self._handle.barrier(0)
 
-    def take_rows(self) -> tuple[torch.Tensor, torch.Tensor, Routing]:
-        """What `post_tokens` brought, in expert order: rows [R, H], weights [R], and where each came from."""
+    def take_rows(self, capacity: int | None) -> tuple[torch.Tensor, torch.Tensor, Routing]:
         first = self.rank * self.num_local_experts
-        routing = route_sort(self.choices.local, self.num_local_experts, self.capacity, first)
-        rows_RH, weights_R = permute_rows(self.sent.local, self.weights.local, routing.row_TK, self.capacity)
-        return rows_RH, weights_R, routing
+        if capacity is None:
+            capacity = count_rows(self.choices.local, first, self.num_local_experts)
+        routing = route_sort(self.choices.local, self.num_local_experts, capacity, first)
+        return *permute_rows(self.sent.local, self.weights.local, routing.row_TK, capacity), routing
 
-    def take_more_rows(self, row_SK: torch.Tensor) -> torch.Tensor:
-        """What `post_tokens` brought without choices, in the order of an earlier `take_rows`: a gradient's rows."""
-        return permute_rows(self.sent.local, None, row_SK, self.capacity)[0]
+    def take_more_rows(self, row_SK: torch.Tensor, capacity: int) -> torch.Tensor:
+        return permute_rows(self.sent.local, None, row_SK, capacity)[0]
 
     def post_sums(self, rows_RH: torch.Tensor, weights_R: torch.Tensor | None, row_SK: torch.Tensor) -> None:
-        """Sum each token's rows and bring the sums back to the tokens' ranks, and the rows' weights where given.
-        `take_sums` may follow."""
         self._before("returned")
         tables = self.returned.table, self.weight_grads.table
         push_sums(rows_RH, weights_R, row_SK, *tables, self.rank)
         self._handle.barrier(0)
 
     def take_sums(self, index_TK: torch.Tensor, weighted: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Sum of what came back for each token [T, H], and the weight of each choice [T, K] if `weighted`."""
         weights_SK = self.weight_grads.local if weighted else None
         return sum_partials(self.returned.local, weights_SK, index_TK, self.num_local_experts, self.world)
+
+    def begin_capture(self) -> None:
+        self._busy = "sent"  # so that the first call of a replay has the barrier whatever came before
 
     def _before(self, buffer: str) -> None:
         """A buffer may be written once every rank has read what was in it: the barrier of a use of the other buffer
@@ -128,38 +194,9 @@ class Exchange:
         self._busy = buffer
 
 
-class _Dispatch(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x_TH, weights_TK, index_TK, exchange):  # type: ignore[no-untyped-def]
-        index_TK = index_TK.int().contiguous()
-        exchange.post_tokens(x_TH, index_TK, weights_TK.float().contiguous())
-        rows_RH, weights_R, routing = exchange.take_rows()
-        ctx.exchange, ctx.weights_dtype = exchange, weights_TK.dtype
-        ctx.save_for_backward(index_TK, routing.row_TK)
-        ctx.mark_non_differentiable(*routing)
-        return rows_RH, weights_R, *routing
-
-    @staticmethod
-    def backward(ctx, grad_RH, grad_weights_R, *_):  # type: ignore[no-untyped-def]
-        index_TK, row_SK = ctx.saved_tensors
-        ctx.exchange.post_sums(grad_RH, grad_weights_R, row_SK)
-        grad_x_TH, grad_weights_TK = ctx.exchange.take_sums(index_TK, weighted=True)
-        return grad_x_TH, grad_weights_TK.to(ctx.weights_dtype), None, None
-
-
-class _Combine(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, rows_RH, index_TK, row_SK, exchange):  # type: ignore[no-untyped-def]
-        ctx.exchange, index_TK = exchange, index_TK.int().contiguous()
-        ctx.save_for_backward(index_TK, row_SK)
-        exchange.post_sums(rows_RH, None, row_SK)
-        return exchange.take_sums(index_TK, weighted=False)[0]
-
-    @staticmethod
-    def backward(ctx, grad_TH):  # type: ignore[no-untyped-def]
-        index_TK, row_SK = ctx.saved_tensors
-        ctx.exchange.post_tokens(grad_TH, index_TK, None)
-        return ctx.exchange.take_more_rows(row_SK), None, None, None
+def count_rows(index_SK: torch.Tensor, first_expert: int, num_experts: int) -> int:
+    """Choices of this rank's experts, read on the host; at least 1."""
+    return max(int(((index_SK >= first_expert) & (index_SK < first_expert + num_experts)).sum()), 1)
 
 
 def _rendezvous(num_bytes: int, device: torch.device, group: dist.ProcessGroup) -> tuple[torch.Tensor, Any]:

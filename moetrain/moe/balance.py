@@ -109,6 +109,10 @@ class LoadStats:
             layers,
         )
 
+    def discard(self) -> None:
+        """Forget what was counted since the last `read`."""
+        self.counts_LE.zero_()
+
     def _counter(self, layer: int, experts: int) -> Callable[..., None]:
         """Forward pre-hook of an experts module, whose arguments are tokens, expert ids [T, K] and weights."""
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from moetrain.backends.peft import adapted
 from moetrain.kernels import expert_rows, expert_weights, experts_forward, recognise_activation
 
-_GATE = "_moetrain_gate"
+_ACTIVATION = "_moetrain_activation"
 
 
 def run_experts(experts: Any, rows_RH: Tensor, offsets_e: Tensor, weights_R: Tensor) -> Tensor:
@@ -66,10 +66,10 @@ def looped_experts(experts: Any, rows_RH: Tensor, offsets_e: Tensor, weights_R: 
 
 def gate_of(experts: Any) -> Any:
     """The kernels' row for the module's activation, or the module's own function where they have none."""
-    if _GATE not in experts.__dict__:
+    if _ACTIVATION not in experts.__dict__:
         own = experts._apply_gate if experts.has_gate else experts.act_fn
-        experts.__dict__[_GATE] = recognise_activation(experts) or own
-    return experts.__dict__[_GATE]
+        experts.__dict__[_ACTIVATION] = recognise_activation(experts) or own
+    return experts.__dict__[_ACTIVATION]
 
 
 def _implementation(experts: Any) -> str | None:

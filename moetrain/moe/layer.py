@@ -50,6 +50,7 @@ class MoetrainEP(EPImplementation):
         self.experts = experts
         support_sharded_experts(experts, ep_mesh.get_local_rank() * experts.num_experts)
         self.dispatcher = build_dispatcher(self.dispatch, experts.num_experts * ep_mesh.size(), ep_mesh.get_group())
+        experts._moetrain_dispatcher = self.dispatcher
 
     def __call__(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         return moe_forward(self.experts, self.dispatcher, hidden_states, top_k_index, top_k_weights)

@@ -38,10 +38,16 @@ def set_gate(model: nn.Module, gate: str) -> None:
     for _, experts in modules:
         if (earlier := vars(experts).pop("_moetrain_gate", None)) is not None:
             earlier.remove()
+        experts._moetrain_gate_name = gate  # type: ignore[assignment]
         if gate != "learned":
             experts._moetrain_gate = experts.register_forward_pre_hook(  # type: ignore[assignment]
                 _replace_routing(GATES[gate], count_experts(experts)), prepend=True
             )
+
+
+def has_random_gate(model: nn.Module) -> bool:
+    """Whether `set_gate` has put in a gate that draws its choices."""
+    return any(getattr(experts, "_moetrain_gate_name", "learned") == "random" for _, experts in experts_modules(model))
 
 
 def count_experts(experts: nn.Module) -> int:

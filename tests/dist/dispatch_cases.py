@@ -11,6 +11,8 @@ from torch import Tensor
 from moetrain.moe.dispatch import build_dispatcher
 
 HIDDEN = 6
+STATIC = ("allgather", "nvlink")
+"""Dispatchers that need the same number of tokens on every rank."""
 
 
 def routing(kind: str, num_tokens: int, top_k: int, num_experts: int, seed: int) -> Tensor:
@@ -63,8 +65,9 @@ def dispatch_differences(
     results = {}
     for case in cases:
         kind, num_tokens, top_k, num_experts = case
-        # ranks hold different numbers of tokens, one of them none
-        mine = 0 if (kind == "empty_rank" and rank == 0) else num_tokens + rank
+        # ranks hold different numbers of tokens, one of them none, where the dispatcher allows it
+        mine = num_tokens + (0 if name in STATIC else rank)
+        mine = 0 if (kind == "empty_rank" and rank == 0) else mine
         ids = routing(kind, mine, top_k, num_experts, seed=rank)
         generator = torch.Generator().manual_seed(100 + rank)
         tokens = torch.randn(mine, HIDDEN, generator=generator, dtype=torch.float64)

@@ -1,27 +1,54 @@
 """Dispatchers: how tokens reach the ranks of their experts.
 
-`local` (one rank), `alltoall` (torch collectives on NCCL or gloo).
+`local`      one rank
+`alltoall`   each (token, expert) row to its expert's rank, torch collectives; reads the number of rows on the host
+`allgather`  every token to every rank, torch collectives; static shapes
+`nvlink`     each token once to each rank that needs it, by stores over NVLink; static shapes
 """
 
 from __future__ import annotations
 
-import torch.distributed as dist
+import os
+from typing import Any
 
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from moetrain.families import experts_modules
 from moetrain.moe.dispatch.alltoall import AllToAllDispatcher
 from moetrain.moe.dispatch.base import Dispatched, Dispatcher
-from moetrain.moe.dispatch.collectives import keep_received
 from moetrain.moe.dispatch.local import LocalDispatcher
+from moetrain.moe.dispatch.static import AllGatherDispatcher, NvlinkDispatcher, StaticDispatcher, exchanges
+from moetrain.moe.dispatch.tape import keep_received
 
-DISPATCHERS = ("local", "alltoall")
+DISPATCHERS = ("local", "alltoall", "allgather", "nvlink")
+_ON_RANKS: dict[str, type[Any]] = {
+    "alltoall": AllToAllDispatcher,
+    "allgather": AllGatherDispatcher,
+    "nvlink": NvlinkDispatcher,
+}
 
-__all__ = ["DISPATCHERS", "Dispatched", "Dispatcher", "build_dispatcher", "keep_received"]
+__all__ = [
+    "DISPATCHERS",
+    "Dispatched",
+    "Dispatcher",
+    "StaticDispatcher",
+    "build_dispatcher",
+    "dispatchers_of",
+    "exchanges",
+    "fastest_dispatch",
+    "keep_received",
+    "nvlink_obstacle",
+]
 
 
 def build_dispatcher(name: str, num_experts: int, group: dist.ProcessGroup | None) -> Dispatcher:
-    """The dispatcher called `name`, or for `auto` the fastest that the group allows.
+    """The dispatcher called `name`, or for `auto` the fastest that any use of the group allows.
 
     Raises:
-        ValueError: an unknown name, or `local` for experts that are spread over several ranks.
+        ValueError: an unknown name, `local` for experts that are spread over several ranks, or `nvlink` for ranks
+            that do not reach each other's memory.
     """
     ranks = 1 if group is None else dist.get_world_size(group)
     if name == "auto":
@@ -30,8 +57,39 @@ def build_dispatcher(name: str, num_experts: int, group: dist.ProcessGroup | Non
         if ranks > 1:
             raise ValueError(f"dispatch='local' needs all experts on one rank, but ep_size is {ranks}; use 'alltoall'")
         return LocalDispatcher(num_experts)
-    if name == "alltoall":
-        if group is None:
-            raise ValueError("dispatch='alltoall' needs several ranks; use 'local' or 'auto' in one process")
-        return AllToAllDispatcher(num_experts, group)
-    raise ValueError(f"unknown dispatch {name!r}; valid: auto, {', '.join(DISPATCHERS)}")
+    if name not in DISPATCHERS:
+        raise ValueError(f"unknown dispatch {name!r}; valid: auto, {', '.join(DISPATCHERS)}")
+    if group is None:
+        raise ValueError(f"dispatch={name!r} needs several ranks; use 'local' or 'auto' in one process")
+    if name == "nvlink" and (reason := nvlink_obstacle(ranks)):
+        raise ValueError(f"dispatch='nvlink' cannot be used: {reason}; use 'allgather', 'alltoall' or 'auto'")
+    dispatcher: Dispatcher = _ON_RANKS[name](num_experts, group)
+    return dispatcher
+
+
+def fastest_dispatch(ep_size: int) -> str:
+    """What `auto` means where all ranks step together with equal numbers of tokens."""
+    if ep_size == 1:
+        return "local"
+    return "alltoall" if nvlink_obstacle(ep_size) else "nvlink"
+
+
+def nvlink_obstacle(ep_size: int) -> str | None:
+    """Why `ep_size` neighbouring ranks cannot store into each other's memory; None if they can."""
+    if not torch.cuda.is_available():
+        return "there is no GPU"
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if local % ep_size:
+        return f"an expert group of {ep_size} ranks does not lie within a node of {local}"
+    here, first = torch.cuda.current_device(), torch.cuda.current_device() // ep_size * ep_size
+    others = [peer for peer in range(first, min(first + ep_size, torch.cuda.device_count())) if peer != here]
+    if len(others) < ep_size - 1:
+        return f"this process sees {torch.cuda.device_count()} GPUs, not those of its {ep_size} ranks"
+    unreachable = [peer for peer in others if not torch.cuda.can_device_access_peer(here, peer)]
+    return f"GPU {here} does not reach the memory of GPU {unreachable[0]}" if unreachable else None
+
+
+def dispatchers_of(model: nn.Module) -> list[tuple[str, Dispatcher]]:
+    """Name and dispatcher of each expert-parallel experts module, in module order."""
+    found = [(name, getattr(experts, "_moetrain_dispatcher", None)) for name, experts in experts_modules(model)]
+    return [(name, dispatcher) for name, dispatcher in found if dispatcher is not None]

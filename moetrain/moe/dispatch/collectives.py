@@ -1,13 +1,7 @@
-"""All-to-all with autograd, and a memory of what it received for selective activation checkpointing.
-
-Torch's own selective checkpointing matches every operator of the recomputation with the forward's by position, which
-the hooks of nested FSDP2 groups break. Only communication is to be kept here, so only communication keeps it.
-"""
+"""All-to-all with autograd."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -15,45 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import _resolve_process_group
 
-
-class _Tape:
-    """What the exchanges of one checkpointed region received, in order."""
-
-    def __init__(self) -> None:
-        self.received: list[Tensor] = []
-        self.position = 0
-        self.replays = False
-
-    def next(self, exchange: Callable[[], Tensor]) -> Tensor:
-        if not self.replays:
-            self.received.append(exchange())
-            return self.received[-1]
-        self.position += 1
-        return self.received[self.position - 1]
-
-
-_tape: ContextVar[_Tape | None] = ContextVar("tape", default=None)
-
-
-def keep_received() -> tuple[Any, Any]:
-    """`context_fn` of `torch.utils.checkpoint.checkpoint`: the recomputation takes what the forward received and sends
-    nothing."""
-    tape = _Tape()
-    return _Running(tape, replays=False), _Running(tape, replays=True)
-
-
-class _Running:
-    """Context in which a tape records or replays; a backward with `retain_graph` enters it once more."""
-
-    def __init__(self, tape: _Tape, replays: bool) -> None:
-        self.tape, self.replays = tape, replays
-
-    def __enter__(self) -> None:
-        self.tape.position, self.tape.replays = 0, self.replays
-        self.token = _tape.set(self.tape)
-
-    def __exit__(self, *_: object) -> None:
-        _tape.reset(self.token)
+from moetrain.moe.dispatch.tape import receive
 
 
 def exchange_counts(counts: Tensor, group_name: str) -> Tensor:
@@ -61,10 +17,10 @@ def exchange_counts(counts: Tensor, group_name: str) -> Tensor:
 
     def exchange() -> Tensor:
         received = torch.empty_like(counts)
-        dist.all_to_all_single(received, counts.contiguous(), group=_group(group_name))
+        dist.all_to_all_single(received, counts.contiguous(), group=resolve_group(group_name))
         return received
 
-    return _receive(exchange)
+    return receive(exchange)
 
 
 def all_to_all_rows(rows: Tensor, recv_sizes: list[int], send_sizes: list[int], group_name: str) -> Tensor:
@@ -78,7 +34,7 @@ class _AllToAllRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, recv_sizes: list[int], send_sizes: list[int], group_name: str) -> Tensor:
         ctx.sizes = (send_sizes, recv_sizes, group_name)
-        return _receive(lambda: _exchange_rows(rows, recv_sizes, send_sizes, group_name))
+        return receive(lambda: _exchange_rows(rows, recv_sizes, send_sizes, group_name))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
@@ -87,15 +43,10 @@ class _AllToAllRows(torch.autograd.Function):
 
 def _exchange_rows(rows: Tensor, recv_sizes: list[int], send_sizes: list[int], group_name: str) -> Tensor:
     received = rows.new_empty(sum(recv_sizes), *rows.shape[1:])
-    dist.all_to_all_single(received, rows.contiguous(), recv_sizes, send_sizes, group=_group(group_name))
+    dist.all_to_all_single(received, rows.contiguous(), recv_sizes, send_sizes, group=resolve_group(group_name))
     return received
 
 
-def _receive(exchange: Callable[[], Tensor]) -> Tensor:
-    tape = _tape.get()
-    return exchange() if tape is None else tape.next(exchange)
-
-
-def _group(name: str) -> dist.ProcessGroup:
-    # a group by its name: modules that hold groups cannot be copied
+def resolve_group(name: str) -> dist.ProcessGroup:
+    """A group by its name: modules that hold groups cannot be copied."""
     return _resolve_process_group(name)  # type: ignore[arg-type]

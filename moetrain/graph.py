@@ -1,0 +1,263 @@
+"""Forward, loss and backward of one batch, captured in a CUDA graph where the model and its setting allow it.
+
+    first pass    eager, with exactly the room that its rows need, which is noted
+    second        eager, with static capacities; whatever waits for the host is found
+    third         captured, and replayed from then on
+
+Gradients of a captured pass lie at fixed addresses. A pass whose rows did not fit (`overflowed`) has wrong gradients:
+the caller runs the step's passes again before the optimizer sees them; they then run eagerly, with exactly the room
+they need, and the next step is captured anew with more.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from moetrain.families import experts_modules
+from moetrain.fsdp import detach_streams, join_streams
+from moetrain.kernels import Activation
+from moetrain.moe.dispatch import LocalDispatcher, StaticDispatcher, dispatchers_of, exchanges
+from moetrain.moe.experts import gate_of
+
+MARGIN = 1.15
+"""Capacity over the fullest call seen. Loads of a rank drift by a few percent from step to step."""
+ROUND = 128
+"""Capacities are multiples of this: the rows of a product's tile."""
+
+Mode = Literal["auto", "on", "off"]
+
+
+class Passes:
+    """Runs passes of one model. Every rank makes the same calls in the same order.
+
+    Args:
+        mode: `auto` captures where possible, `on` raises where not, `off` never captures.
+
+    Raises:
+        ValueError: `on`, and the model cannot be captured.
+    """
+
+    def __init__(self, model: PreTrainedModel, mode: Mode = "auto") -> None:
+        self.model = model
+        self.dispatchers = [d for _, d in dispatchers_of(model) if isinstance(d, StaticDispatcher)]
+        self.obstacle = "train.cuda_graph=off" if mode == "off" else capture_obstacle(model)
+        self.mode = mode
+        if mode == "on" and self.obstacle:
+            raise ValueError(f"train.cuda_graph=on, but the step cannot be captured: {self.obstacle}")
+        self._runs = 0
+        self._watched_once = False
+        self._most_needed = [0] * len(self.dispatchers)
+        self._exact = bool(self.dispatchers)
+        self._shape: tuple[Any, ...] | None = None
+        self._graphs: dict[bool, _Captured] = {}
+        self._gradients: dict[nn.Parameter, Tensor] = {}
+
+    @property
+    def status(self) -> str:
+        """How the passes run, for people."""
+        if self.obstacle:
+            return f"eager: {self.obstacle}"
+        return "captured in a CUDA graph" if self._graphs else "eager: the first passes, before the capture"
+
+    def __call__(self, batch: dict[str, Tensor], scale: float, accumulate: bool = False) -> Tensor:
+        """Gradients of one batch in the parameters' `.grad`.
+
+        Args:
+            batch: the model's arguments, on any device.
+            scale: what the sum of the token losses is divided by (`num_items_in_batch`).
+            accumulate: add to the gradients that are there; without it they are dropped.
+
+        Returns:
+            The loss, fp32 scalar on the device; the next call may write over it.
+        """
+        if not accumulate:
+            self.model.zero_grad(set_to_none=True)
+        if self.obstacle or not self._is_same_shape(batch):
+            return self._eager(batch, scale)
+        if self._runs == 0 or self._exact:
+            self._runs += 1
+            return self._eager(batch, scale)
+        if not self._watched_once:
+            self._watched_once = True
+            return self._watched(batch, scale)
+        if accumulate and not self._restore_gradients():
+            return self._eager(batch, scale)
+        if accumulate not in self._graphs and not self._capture(batch, scale, accumulate):
+            return self._eager(batch, scale)
+        loss = self._graphs[accumulate].replay(batch, scale)
+        for parameter, gradient in self._gradients.items():
+            parameter.grad = gradient
+        return loss
+
+    def overflowed(self) -> bool:
+        """Whether rows did not fit since the last call, on any rank; then the gradients are not exact and the same
+        passes are to be run again. One read on the host."""
+        if not self.dispatchers:
+            return False
+        needed = torch.stack([d.needed if d.needed is not None else torch.zeros(()) for d in self.dispatchers])
+        if dist.is_initialized():
+            dist.all_reduce(needed, dist.ReduceOp.MAX)
+        for dispatcher in self.dispatchers:
+            dispatcher.needed.zero_()  # type: ignore[union-attr]
+        rows = needed.tolist()
+        over = not self._exact and any(
+            row > dispatcher.capacity for row, dispatcher in zip(rows, self.dispatchers, strict=True)
+        )
+        if over:
+            self._forget()
+            self._set_capacities(exact=True)
+            return True
+        self._most_needed = [max(pair) for pair in zip(rows, self._most_needed, strict=True)]
+        if self._exact and not self.obstacle:
+            self._set_capacities(exact=False)
+        return False
+
+    def _set_capacities(self, exact: bool) -> None:
+        self._exact = exact
+        for dispatcher, most in zip(self.dispatchers, self._most_needed, strict=True):
+            dispatcher.capacity = None if exact else math.ceil(most * MARGIN / ROUND) * ROUND
+
+    def _is_same_shape(self, batch: dict[str, Tensor]) -> bool:
+        """Whether the batch has the shape of the first; only that one is captured."""
+        shape = tuple((name, tensor.shape, tensor.dtype) for name, tensor in sorted(batch.items()))
+        self._shape = self._shape or shape
+        return shape == self._shape
+
+    def _eager(self, batch: dict[str, Tensor], scale: float) -> Tensor:
+        device = self.model.device
+        inputs = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+        return self._forward_backward(inputs, torch.full((), scale, device=device))
+
+    def _watched(self, batch: dict[str, Tensor], scale: float) -> Tensor:
+        """An eager pass that notes what waits for the host: it could not be captured."""
+        with watch_syncs() as found:
+            loss = self._eager(batch, scale)
+        if found:
+            self._give_up(f"the host waits for the GPU at {', '.join(found[:3])}")
+        return loss
+
+    def _forward_backward(self, inputs: dict[str, Tensor], scale: Tensor) -> Tensor:
+        loss: Tensor = self.model(**inputs, num_items_in_batch=scale, use_cache=False).loss
+        loss.backward()
+        return loss.detach()
+
+    def _capture(self, batch: dict[str, Tensor], scale: float, accumulate: bool) -> bool:
+        if not accumulate:
+            self._gradients = {}
+        gc.collect()
+        torch.cuda.empty_cache()
+        captured = _Captured(batch, self.model.device)
+        pool = next((graph.pool for graph in self._graphs.values()), None)
+        with detach_streams(self.model):
+            captured.record(lambda inputs, scale: self._forward_backward(inputs, scale), pool, self.model)
+        self._graphs[accumulate] = captured
+        self._gradients = {p: p.grad for p in self.model.parameters() if p.grad is not None}
+        return True
+
+    def _restore_gradients(self) -> bool:
+        """Bring gradients that an eager pass has left to where a captured pass adds to them."""
+        if not self._gradients:
+            return False
+        for parameter, gradient in self._gradients.items():
+            if parameter.grad is not gradient:
+                if parameter.grad is None:
+                    gradient.zero_()
+                else:
+                    gradient.copy_(parameter.grad)
+                parameter.grad = gradient
+        return True
+
+    def _give_up(self, obstacle: str) -> None:
+        if self.mode == "on":
+            raise RuntimeError(f"train.cuda_graph=on, but the step cannot be captured: {obstacle}")
+        self.obstacle = obstacle
+        self._set_capacities(exact=bool(self.dispatchers))
+
+    def _forget(self) -> None:
+        """Drop graphs and their memory, the gradients included."""
+        self.model.zero_grad(set_to_none=True)
+        self._graphs, self._gradients = {}, {}
+
+    def close(self) -> None:
+        """Destroying a process group hangs while a graph holds its collectives."""
+        self._forget()
+        gc.collect()
+
+
+class _Captured:
+    """One graph with its inputs and its output."""
+
+    def __init__(self, batch: dict[str, Tensor], device: torch.device) -> None:
+        self.inputs = {name: torch.empty_like(tensor, device=device) for name, tensor in batch.items()}
+        self.scale = torch.ones((), device=device)
+        self.graph = torch.cuda.CUDAGraph()
+        self.loss: Tensor | None = None
+
+    @property
+    def pool(self) -> Any:
+        return self.graph.pool()
+
+    def record(self, run: Callable[[dict[str, Tensor], Tensor], Tensor], pool: Any, model: nn.Module) -> None:
+        for exchange in exchanges():
+            exchange.begin_capture()
+        # other threads (NCCL's watchdog) may query events meanwhile
+        with torch.cuda.graph(self.graph, pool=pool, capture_error_mode="thread_local"):
+            self.loss = run(self.inputs, self.scale)
+            join_streams(model)
+
+    def replay(self, batch: dict[str, Tensor], scale: float) -> Tensor:
+        for name, tensor in batch.items():
+            self.inputs[name].copy_(tensor, non_blocking=True)
+        self.scale.fill_(scale)
+        self.graph.replay()
+        assert self.loss is not None
+        return self.loss
+
+
+def capture_obstacle(model: PreTrainedModel) -> str | None:
+    """Why a model cannot be captured, as far as one can tell without running it; None if nothing is known."""
+    if model.device.type != "cuda":
+        return "CUDA graphs need a GPU"
+    for name, dispatcher in dispatchers_of(model):
+        if not isinstance(dispatcher, (StaticDispatcher, LocalDispatcher)):
+            return f"the dispatcher of {name} reads the number of rows on the host; static: nvlink, allgather"
+    for name, experts in experts_modules(model):
+        if getattr(experts.config, "_experts_implementation", None) == "eager":
+            return f"{name} runs expert by expert (experts=eager)"
+        if not isinstance(gate_of(experts), Activation) or experts.has_post_expert_norm:
+            return f"{name} has an activation or norm without a kernel of static shape"
+    return None
+
+
+@contextmanager
+def watch_syncs() -> Iterator[list[str]]:
+    """Inside, operations that make the host wait for the GPU are noted, as `file:line`; none is kept from running."""
+    found: list[str] = []
+    before = torch.cuda.get_sync_debug_mode() if torch.cuda.is_available() else 0
+    if not torch.cuda.is_available():
+        yield found
+        return
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            yield found
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
+    for warning in caught:
+        if "synchronizing CUDA operation" in str(warning.message):
+            place = f"{'/'.join(warning.filename.split('/')[-2:])}:{warning.lineno}"
+            if place not in found:
+                found.append(place)
+        else:
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
