@@ -19,6 +19,9 @@ from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from moetrain.kernels import GRADIENTS
+from moetrain.kernels.aside import join_aside
+
 KEPT_SHARE = 0.08
 """Share of a GPU's memory that gathered dense weights may take under `auto`: 11 GiB of an H200's, 6.4 of an H100's."""
 
@@ -57,8 +60,19 @@ def use_in_place(model: nn.Module) -> int:
     for group in param_groups(model):
         if group.mesh_info.mesh.size() == 1 and not any(_needs_copy(param) for param in group.fsdp_params):
             group.__class__ = _InPlace
+            _divide_in_experts(group)
             found += 1
     return found
+
+
+def _divide_in_experts(group: Any) -> None:
+    """Let the experts' own arithmetic divide their gradients by the number of data ranks: a pass of 2 * 7 GB less at
+    Qwen3-30B-A3B's size over 8 ranks, 7 ms."""
+    experts = [module for module in group.modules if hasattr(module, "_moetrain_dispatcher")]
+    if len(experts) == len(group.modules) and group.gradient_divide_factor is not None:
+        for module in experts:
+            setattr(module, GRADIENTS, (1.0 / group.gradient_divide_factor, True))
+        group.gradient_divide_factor = None
 
 
 def _needs_copy(param: Any) -> bool:
@@ -76,13 +90,16 @@ class _InPlace(FSDPParamGroup):
         if self.is_unsharded:
             return
         for param in self.fsdp_params:
-            known = getattr(param, "_unsharded_param", None)
-            if known is None or _pointer(known) != param._sharded_param_data.data_ptr():
-                if known is not None:
-                    del param._unsharded_param
-                param.all_gather_outputs = [param._sharded_param_data]
+            shard = param._sharded_param_data
+            if not hasattr(param, "_unsharded_param"):
+                param.all_gather_outputs = [shard]
                 param.init_unsharded_param()
                 param.all_gather_outputs = []  # what is in it would be freed
+            whole = getattr(param._unsharded_param, "_local_tensor", param._unsharded_param)
+            if whole.data_ptr() != shard.data_ptr():
+                # FSDP2 takes it from the start of the storage, but a loaded shard may lie further back in it
+                with torch.no_grad(), torch.autograd._unsafe_preserve_version_counter(whole):
+                    whole.set_(shard.untyped_storage(), shard.storage_offset(), whole.shape, whole.stride())
         self._to_unsharded()
 
     @torch.no_grad()
@@ -98,11 +115,16 @@ class _InPlace(FSDPParamGroup):
                 gradient.div_(self.gradient_divide_factor)
             gradient = gradient.view(param.sharded_size)
             if param.sharded_param.grad is None:
+                # its values may still be on their way, see kernels/aside.py
                 param.sharded_param.grad = param.to_sharded_dtensor(gradient)
             else:
+                join_aside()
                 param.sharded_param.grad._local_tensor += gradient
-            for hook in (getattr(param.sharded_param, "_post_accumulate_grad_hooks", None) or {}).values():
-                hook(param.sharded_param)
+            hooks = getattr(param.sharded_param, "_post_accumulate_grad_hooks", None)
+            if hooks:
+                join_aside()
+                for hook in hooks.values():
+                    hook(param.sharded_param)
         if self.reshard_after_backward:
             self.reshard()
 
@@ -166,10 +188,6 @@ def _comm_contexts(model: nn.Module) -> list[Any]:
 def _memory(device: torch.device) -> float:
     """Bytes of a GPU; a CPU has as much as is asked for."""
     return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else float("inf")
-
-
-def _pointer(parameter: torch.Tensor) -> int:
-    return getattr(parameter, "_local_tensor", parameter).data_ptr()
 
 
 def _bytes(param: Any) -> int:

@@ -26,10 +26,11 @@ from transformers import PreTrainedModel
 from moetrain.families import experts_modules
 from moetrain.fsdp import detach_streams, join_streams
 from moetrain.kernels import Activation
+from moetrain.kernels.aside import work_aside
 from moetrain.moe.dispatch import LocalDispatcher, StaticDispatcher, dispatchers_of, exchanges
 from moetrain.moe.experts import gate_of
 
-MARGIN = 1.15
+MARGIN = 1.25
 """Capacity over the fullest call seen. Loads of a rank drift by a few percent from step to step."""
 ROUND = 128
 """Capacities are multiples of this: the rows of a product's tile."""
@@ -114,6 +115,13 @@ class Passes:
             row > dispatcher.capacity for row, dispatcher in zip(rows, self.dispatchers, strict=True)
         )
         if over:
+            print(
+                "OVER",
+                [(i, row, d.capacity) for i, (row, d) in enumerate(zip(rows, self.dispatchers)) if row > d.capacity][
+                    :8
+                ],
+                flush=True,
+            )
             self._forget()
             self._set_capacities(exact=True)
             return True
@@ -148,7 +156,8 @@ class Passes:
 
     def _forward_backward(self, inputs: dict[str, Tensor], scale: Tensor) -> Tensor:
         loss: Tensor = self.model(**inputs, num_items_in_batch=scale, use_cache=False).loss
-        loss.backward()
+        with work_aside(capturing()):
+            loss.backward()
         return loss.detach()
 
     def _capture(self, batch: dict[str, Tensor], scale: float, accumulate: bool) -> bool:
@@ -222,6 +231,10 @@ class _Captured:
         self.graph.replay()
         assert self.loss is not None
         return self.loss
+
+
+def capturing() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 def capture_obstacle(model: PreTrainedModel) -> str | None:

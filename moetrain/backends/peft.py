@@ -41,6 +41,11 @@ def adapted(experts: nn.Module, name: str) -> Tensor:
     return weight
 
 
+def is_adapted(experts: nn.Module) -> bool:
+    """Whether `adapted` adds anything to a parameter of the module now."""
+    return any(getattr(experts, _FACTORS, {}).values())
+
+
 def lend(experts: nn.Module, name: str, factors: list[tuple[Tensor, Tensor, float]]) -> None:
     """Let `adapted` add the sum of `scaling * lhs @ rhs`, with `(lhs, rhs, scaling)` of all experts, to a parameter."""
     experts.__dict__.setdefault(_FACTORS, {})[name] = factors

@@ -9,6 +9,7 @@ rows.py         the experts' arithmetic made of them
 experts.py      experts_forward, expert_rows: the layer, differentiable
 exchange.py     Exchange: tokens to other ranks and back, static in shape (nvlink.py: kernels of NvlinkExchange)
 linear_cross_entropy.py    the head and its loss, without the logits of all tokens
+adamw.py        the optimizer's update of all tensors in one pass (tensor_list.py: lists of tensors on the device)
 """
 
 from __future__ import annotations
@@ -21,13 +22,14 @@ import torch
 from moetrain.kernels._triton import triton
 from moetrain.kernels.activation import Activation, recognise_activation
 from moetrain.kernels.exchange import Exchange, GatherExchange, NvlinkExchange
-from moetrain.kernels.experts import expert_rows, experts_forward
+from moetrain.kernels.experts import expert_rows, experts_forward, scale_gradients
 from moetrain.kernels.grouped import grouped_mm
 from moetrain.kernels.permutation import permute, unpermute_reduce
 from moetrain.kernels.routing import Routing, route_sort
-from moetrain.kernels.rows import ExpertWeights, expert_weights
+from moetrain.kernels.rows import GRADIENTS, ExpertWeights, expert_weights
 
 __all__ = [
+    "GRADIENTS",
     "KERNELS",
     "Activation",
     "Backend",
@@ -43,6 +45,7 @@ __all__ = [
     "permute",
     "recognise_activation",
     "route_sort",
+    "scale_gradients",
     "select_backend",
     "unpermute_reduce",
 ]
@@ -94,6 +97,7 @@ KERNELS: dict[str, tuple[Backend, ...]] = {
         Backend("torch_grouped_mm", _misses_grouped_mm),
         Backend("torch_loop", _misses_nothing),
     ),
+    "adamw": (_TRITON, _TORCH),
 }
 """Operation to its backends, the preferred one first. A tensor goes to the first that can take it."""
 

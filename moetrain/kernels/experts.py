@@ -15,6 +15,7 @@ from collections.abc import Callable
 import torch
 
 from moetrain.kernels.activation import Activation, row_experts
+from moetrain.kernels.aside import aside, run_now
 from moetrain.kernels.grouped import grouped_mm
 from moetrain.kernels.permutation import permute, permute_rows, sum_rows, unpermute_reduce
 from moetrain.kernels.routing import route_sort
@@ -76,7 +77,7 @@ def experts_forward_ref(
     activation: Callable[[torch.Tensor], torch.Tensor],
 ) -> torch.Tensor:
     """`experts_forward` as a loop over experts and choices, in the dtype of its inputs."""
-    up, down, up_bias, down_bias, transposed = weights
+    up, down, up_bias, down_bias, transposed = weights[:5]
     out_TH = torch.zeros_like(x_TH)
     for expert in range(up.shape[0]):
         up_e, down_e = (up[expert], down[expert]) if transposed else (up[expert].T, down[expert].T)
@@ -90,6 +91,25 @@ def experts_forward_ref(
     return out_TH
 
 
+def scale_gradients(weights: ExpertWeights) -> ExpertWeights:
+    """The same weights; autograd multiplies their gradients by `gradient_scale`."""
+    if weights.gradient_scale == 1.0:
+        return weights
+    tensors = [None if t is None else _ScaledGradient.apply(t, weights.gradient_scale) for t in weights[:4]]
+    return ExpertWeights(*tensors, weights.transposed)  # type: ignore[arg-type]
+
+
+class _ScaledGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, tensor, scale):  # type: ignore[no-untyped-def]
+        ctx.scale = scale
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        return grad * ctx.scale, None
+
+
 def _plain_rows(
     rows_RH: torch.Tensor,
     offsets_E: torch.Tensor,
@@ -98,7 +118,7 @@ def _plain_rows(
     activation: Callable[[torch.Tensor], torch.Tensor],
 ) -> torch.Tensor:
     """`expert_rows` with any activation, by torch operators and their autograd."""
-    up, down, up_bias, down_bias, transposed = weights
+    up, down, up_bias, down_bias, transposed = scale_gradients(weights)[:5]
     if not transposed:
         up, down = up.transpose(1, 2), down.transpose(1, 2)
     num_rows = rows_RH.shape[0]
@@ -124,9 +144,11 @@ def _experts_op(
     up_bias: torch.Tensor | None,
     down_bias: torch.Tensor | None,
     transposed: bool,
+    gradient_scale: float,
+    deferrable: bool,
     activation: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    weights = ExpertWeights(up, down, up_bias, down_bias, transposed)
+    weights = ExpertWeights(up, down, up_bias, down_bias, transposed, gradient_scale, deferrable)
     rows_RH, weights_R = permute_rows(x_TH, weights_TK, row_TK, row_TK.numel())
     out_RH, up_RG = forward_rows(rows_RH, weights_R, offsets_E, weights, Activation.parse(activation))
     return sum_rows(out_RH, None, row_TK)[0], up_RG
@@ -145,11 +167,13 @@ def _experts_backward_op(
     up_bias: torch.Tensor | None,
     down_bias: torch.Tensor | None,
     transposed: bool,
+    gradient_scale: float,
+    deferrable: bool,
     activation: str,
     needs_x: bool,
     needs_parameters: bool,
 ) -> list[torch.Tensor]:
-    weights = ExpertWeights(up, down, up_bias, down_bias, transposed)
+    weights = ExpertWeights(up, down, up_bias, down_bias, transposed, gradient_scale, deferrable)
     grad_RH, weights_R = permute_rows(grad_TH, weights_TK, row_TK, row_TK.numel())
     gradients = backward_rows(grad_RH, up_RG, weights_R, offsets_E, weights, Activation.parse(activation), needs_x)
     # without the tokens' gradient any rows will do to bring the weights' back in the order of slots
@@ -173,9 +197,11 @@ def _rows_op(
     up_bias: torch.Tensor | None,
     down_bias: torch.Tensor | None,
     transposed: bool,
+    gradient_scale: float,
+    deferrable: bool,
     activation: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    weights = ExpertWeights(up, down, up_bias, down_bias, transposed)
+    weights = ExpertWeights(up, down, up_bias, down_bias, transposed, gradient_scale, deferrable)
     return forward_rows(rows_RH, weights_R, offsets_E, weights, Activation.parse(activation))
 
 
@@ -191,16 +217,19 @@ def _rows_backward_op(
     up_bias: torch.Tensor | None,
     down_bias: torch.Tensor | None,
     transposed: bool,
+    gradient_scale: float,
+    deferrable: bool,
     activation: str,
     needs_rows: bool,
     needs_parameters: bool,
 ) -> list[torch.Tensor]:
-    weights = ExpertWeights(up, down, up_bias, down_bias, transposed)
+    weights = ExpertWeights(up, down, up_bias, down_bias, transposed, gradient_scale, deferrable)
     grad_RH = grad_RH.contiguous()
     gradients = backward_rows(grad_RH, up_RG, weights_R, offsets_E, weights, Activation.parse(activation), needs_rows)
     parameters: list[torch.Tensor | None] = [None] * 4
     if needs_parameters:
-        parameters = backward_parameters(rows_RH, weights_R, offsets_E, grad_RH, gradients, weights)
+        run = aside if deferrable else run_now
+        parameters = run(backward_parameters, rows_RH, weights_R, offsets_E, grad_RH, gradients, weights)
     return _or_empty([gradients.rows_RH, gradients.weights_R.to(weights_R.dtype), *parameters], grad_RH)
 
 
@@ -210,19 +239,19 @@ def _or_empty(gradients: list[torch.Tensor | None], like: torch.Tensor) -> list[
 
 
 @_experts_op.register_fake
-def _(x_TH, weights_TK, row_TK, offsets_E, up, down, up_bias, down_bias, transposed, activation):  # type: ignore
+def _(x_TH, weights_TK, row_TK, offsets_E, up, down, up_bias, down_bias, transposed, *constants):  # type: ignore
     return torch.empty_like(x_TH), x_TH.new_empty(row_TK.numel(), up.shape[2 if transposed else 1])
 
 
 @_rows_op.register_fake
-def _(rows_RH, weights_R, offsets_E, up, down, up_bias, down_bias, transposed, activation):  # type: ignore
+def _(rows_RH, weights_R, offsets_E, up, down, up_bias, down_bias, transposed, *constants):  # type: ignore
     return torch.empty_like(rows_RH), rows_RH.new_empty(rows_RH.shape[0], up.shape[2 if transposed else 1])
 
 
 @_experts_backward_op.register_fake
 @_rows_backward_op.register_fake
 def _(grad, up_RG, inputs, row_weights, *args):  # type: ignore[no-untyped-def]
-    *_, up, down, up_bias, down_bias, _transposed, _activation, needs_inputs, needs_parameters = args
+    up, down, up_bias, down_bias, *_constants, needs_inputs, needs_parameters = args[-10:]
 
     def like(tensor: torch.Tensor | None, needed: bool) -> torch.Tensor:
         return torch.empty_like(tensor) if needed and tensor is not None else grad.new_empty(0)
@@ -232,19 +261,20 @@ def _(grad, up_RG, inputs, row_weights, *args):  # type: ignore[no-untyped-def]
 
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    *tensors, ctx.transposed, ctx.activation = inputs
+    *tensors, transposed, gradient_scale, deferrable, activation = inputs
+    ctx.constants = transposed, gradient_scale, deferrable, activation
     ctx.save_for_backward(output[1], *tensors)
     ctx.set_materialize_grads(False)
 
 
 def _run_backward(ctx, grad, backward_op, num_inputs):  # type: ignore[no-untyped-def]
-    """Gradients for the forward's arguments: `num_inputs` tensors, four parameters, two constants."""
+    """Gradients for the forward's arguments: `num_inputs` tensors, four parameters, four constants."""
     needs = ctx.needs_input_grad
     needs_parameters = any(needs[num_inputs : num_inputs + 4])
-    arguments = (*ctx.saved_tensors, ctx.transposed, ctx.activation)
+    arguments = (*ctx.saved_tensors, *ctx.constants)
     gradients = backward_op(grad, *arguments, needs[0], needs_parameters)
     middle = [None] * (num_inputs - 2)
-    gradients = [*gradients[:2], *middle, *gradients[2:], None, None]
+    gradients = [*gradients[:2], *middle, *gradients[2:], *[None] * len(ctx.constants)]
     return tuple(gradient if needed else None for gradient, needed in zip(gradients, needs, strict=True))
 
 

@@ -65,13 +65,16 @@ def multiply_rows(rows_RK: torch.Tensor, weight_EKN: torch.Tensor, offsets_E: to
     return out_RN
 
 
-def multiply_outer(left_RM: torch.Tensor, right_RN: torch.Tensor, offsets_E: torch.Tensor) -> torch.Tensor:
-    """Sum over each expert's rows of the outer products of left and right [E, M, N], in fp32: a weight's gradient.
-    Zero for an expert without rows."""
+def multiply_outer(
+    left_RM: torch.Tensor, right_RN: torch.Tensor, offsets_E: torch.Tensor, scale: float = 1.0
+) -> torch.Tensor:
+    """`scale` times the sum over each expert's rows of the outer products of left and right [E, M, N], in fp32: a
+    weight's gradient. Zero for an expert without rows."""
     if left_RM.dtype == torch.float64 or left_RM.numel() == 0:
-        return multiply_outer_ref(left_RM, right_RN, offsets_E)
+        return multiply_outer_ref(left_RM, right_RN, offsets_E, scale)
     if not _runs_here(left_RM, right_RN):
-        return torch._grouped_mm(left_RM.t(), right_RN, offs=offsets_E)
+        out_EMN = torch._grouped_mm(left_RM.t(), right_RN, offs=offsets_E)
+        return out_EMN if scale == 1.0 else out_EMN.mul_(scale)
     experts, height, width = offsets_E.numel(), left_RM.shape[1], right_RN.shape[1]
     out_EMN = left_RM.new_empty(experts, height, width)
     _outer_by_experts[(experts * cdiv(height, OUTER_TILE) * cdiv(width, OUTER_TILE),)](
@@ -81,6 +84,7 @@ def multiply_outer(left_RM: torch.Tensor, right_RN: torch.Tensor, offsets_E: tor
         offsets_E,
         height,
         width,
+        scale,
         GROUP=8,
         TILE=OUTER_TILE,
         TILE_R=OUTER_TILE_R,
@@ -99,12 +103,14 @@ def multiply_rows_ref(rows_RK: torch.Tensor, weight_EKN: torch.Tensor, offsets_E
     return out_RN
 
 
-def multiply_outer_ref(left_RM: torch.Tensor, right_RN: torch.Tensor, offsets_E: torch.Tensor) -> torch.Tensor:
+def multiply_outer_ref(
+    left_RM: torch.Tensor, right_RN: torch.Tensor, offsets_E: torch.Tensor, scale: float = 1.0
+) -> torch.Tensor:
     """`multiply_outer` as a loop over experts. Reads the offsets on the host."""
     out_EMN = left_RM.new_zeros(offsets_E.numel(), left_RM.shape[1], right_RN.shape[1])
     ends = offsets_E.tolist()
     for expert, (start, end) in enumerate(zip([0, *ends], ends, strict=False)):
-        out_EMN[expert] = left_RM[start:end].T @ right_RN[start:end]
+        out_EMN[expert] = left_RM[start:end].T @ right_RN[start:end] * scale
     return out_EMN
 
 
@@ -354,6 +360,7 @@ def _outer_by_experts(  # type: ignore[no-untyped-def]
     offsets_E,
     height,
     width,
+    scale,
     GROUP: tl.constexpr,
     TILE: tl.constexpr,
     TILE_R: tl.constexpr,
@@ -375,4 +382,4 @@ def _outer_by_experts(  # type: ignore[no-untyped-def]
         left_RM = _load(left, begin, count, r, m, TILE_R, TILE)
         right_RN = _load(right, begin, count, r, n, TILE_R, TILE)
         acc_MN = tl.dot(left_RM.T, right_RN, acc_MN)
-    out.store([expert, m, n], acc_MN.to(out.dtype).reshape(1, TILE, TILE))
+    out.store([expert, m, n], (acc_MN * scale).to(out.dtype).reshape(1, TILE, TILE))

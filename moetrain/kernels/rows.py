@@ -15,6 +15,9 @@ from moetrain.kernels.bias import add_row_bias_, expert_sum, row_bias_backward
 from moetrain.kernels.gated import gated_activation, gated_activation_backward
 from moetrain.kernels.grouped import multiply_outer, multiply_rows
 
+GRADIENTS = "_moetrain_gradients"
+"""Attribute of an experts module: `gradient_scale` and `deferrable` of its `ExpertWeights`."""
+
 
 class ExpertWeights(NamedTuple):
     """Parameters of the experts on this rank, in Transformers' layout."""
@@ -28,6 +31,10 @@ class ExpertWeights(NamedTuple):
     down_bias: torch.Tensor | None = None
     """[E, H]"""
     transposed: bool = False
+    gradient_scale: float = 1.0
+    """What the gradients of these parameters are multiplied by."""
+    deferrable: bool = False
+    """The parameters are leaves, and nothing reads their gradients before the backward has ended or `join_aside`."""
 
 
 def expert_weights(module: Any, read: Callable[[Any, str], torch.Tensor] = getattr) -> ExpertWeights:
@@ -38,7 +45,9 @@ def expert_weights(module: Any, read: Callable[[Any, str], torch.Tensor] = getat
     """
     up = "gate_up_proj" if module.has_gate else "up_proj"
     up_bias, down_bias = (getattr(module, f"{n}_bias") if module.has_bias else None for n in (up, "down_proj"))
-    return ExpertWeights(read(module, up), read(module, "down_proj"), up_bias, down_bias, module.is_transposed)
+    matrices = read(module, up), read(module, "down_proj")
+    scale, deferrable = getattr(module, GRADIENTS, (1.0, False))
+    return ExpertWeights(*matrices, up_bias, down_bias, module.is_transposed, scale, deferrable)
 
 
 def forward_rows(
@@ -49,7 +58,7 @@ def forward_rows(
     activation: Activation,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Rows of the result [R, H], and the up projection [R, G] without its bias, which the backward needs."""
-    up, down, up_bias, down_bias, transposed = weights
+    up, down, up_bias, down_bias, transposed = weights[:5]
     up_RG = multiply_rows(rows_RH, up if transposed else up.transpose(1, 2), offsets_E)
     act_RI = gated_activation(up_RG, weights_R, offsets_E, up_bias, activation)
     out_RH = multiply_rows(act_RI, down if transposed else down.transpose(1, 2), offsets_E)
@@ -81,7 +90,7 @@ def backward_rows(
     needs_rows: bool = True,
 ) -> RowGradients:
     """The backward of `forward_rows` up to its rows; the parameters' follows in `backward_parameters`."""
-    up, down, up_bias, down_bias, transposed = weights
+    up, down, up_bias, down_bias, transposed = weights[:5]
     grad_act_RI = multiply_rows(grad_RH, down.transpose(1, 2) if transposed else down, offsets_E)
     grad_up_RG, grad_weights_R, act_RI = gated_activation_backward(
         grad_act_RI, up_RG, weights_R, offsets_E, up_bias, activation
@@ -107,8 +116,10 @@ def backward_parameters(
     if weights.transposed:
         up_pair, down_pair = up_pair[::-1], down_pair[::-1]
     up_bias = down_bias = None
+    scale = weights.gradient_scale
     if weights.up_bias is not None:
-        up_bias = expert_sum(gradients.up_RG, None, offsets_E)
+        up_bias = expert_sum(gradients.up_RG, None, offsets_E) * scale
     if weights.down_bias is not None:
-        down_bias = expert_sum(grad_RH, weights_R, offsets_E)
-    return [multiply_outer(*up_pair, offsets_E), multiply_outer(*down_pair, offsets_E), up_bias, down_bias]
+        down_bias = expert_sum(grad_RH, weights_R, offsets_E) * scale
+    up, down = (multiply_outer(*pair, offsets_E, scale) for pair in (up_pair, down_pair))
+    return [up, down, up_bias, down_bias]

@@ -13,8 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moetrain.backends.peft import adapted
-from moetrain.kernels import expert_rows, expert_weights, experts_forward, recognise_activation
+from moetrain.backends.peft import adapted, is_adapted
+from moetrain.kernels import (
+    ExpertWeights,
+    expert_rows,
+    expert_weights,
+    experts_forward,
+    recognise_activation,
+    scale_gradients,
+)
 
 _ACTIVATION = "_moetrain_activation"
 
@@ -29,7 +36,7 @@ def run_experts(experts: Any, rows_RH: Tensor, offsets_e: Tensor, weights_R: Ten
     """
     if experts.has_post_expert_norm or _implementation(experts) == "eager":
         return looped_experts(experts, rows_RH, offsets_e, weights_R)
-    weights = expert_weights(experts, adapted)
+    weights = weights_of(experts)
     # autocast hands over rows in another type than the weights
     out = expert_rows(rows_RH.to(weights.up.dtype), offsets_e, weights_R, weights, gate_of(experts))
     return out.to(rows_RH.dtype)
@@ -40,14 +47,14 @@ def run_all_experts(experts: Any, tokens_TH: Tensor, expert_ids_TK: Tensor, weig
     tokens for the backward; None where the module needs the steps one by one."""
     if experts.has_post_expert_norm or _implementation(experts) == "eager":
         return None
-    weights = expert_weights(experts, adapted)
+    weights = weights_of(experts)
     out = experts_forward(tokens_TH.to(weights.up.dtype), expert_ids_TK, weights_TK, weights, gate_of(experts))
     return out.to(tokens_TH.dtype)
 
 
 def looped_experts(experts: Any, rows_RH: Tensor, offsets_e: Tensor, weights_R: Tensor) -> Tensor:
     """`run_experts` expert by expert with torch's operators, and a host sync: the reference."""
-    weights = expert_weights(experts, adapted)
+    weights = scale_gradients(weights_of(experts))
     ends = offsets_e.tolist()
     outputs = []
     for e, (start, end) in enumerate(zip([0, *ends], ends, strict=False)):
@@ -62,6 +69,13 @@ def looped_experts(experts: Any, rows_RH: Tensor, offsets_e: Tensor, weights_R: 
             hidden = experts.post_expert_norm(hidden)
         outputs.append((hidden * weights_R[start:end, None]).to(rows_RH.dtype))
     return torch.cat([*outputs, rows_RH.new_zeros(rows_RH.shape[0] - ends[-1], rows_RH.shape[1])])
+
+
+def weights_of(experts: Any) -> ExpertWeights:
+    """This rank's weights, adapters added. What an adapter gets is not the experts' own gradient, and
+    is computed from at once."""
+    weights = expert_weights(experts, adapted)
+    return weights._replace(gradient_scale=1.0, deferrable=False) if is_adapted(experts) else weights
 
 
 def gate_of(experts: Any) -> Any:
