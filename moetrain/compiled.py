@@ -7,6 +7,7 @@ the kernel time of a Qwen3-30B-A3B layer (H200). Experts and communication stay 
 from __future__ import annotations
 
 import functools
+import inspect
 from typing import Any
 
 import torch
@@ -20,41 +21,46 @@ VARIANTS = 64
 """Compiled forms of one function before dynamo runs it eagerly: layers of different kinds share their class's code."""
 
 
-def compile_layers(model: PreTrainedModel, backend: str = "inductor") -> int:
-    """Let every decoder layer run compiled from its next call on; the number of layers.
+def compile_layers(model: PreTrainedModel, mode: str = "auto", backend: str = "inductor") -> str:
+    """Let every decoder layer run compiled from its next call on. The first calls take longer.
 
-    Hooks stay outside, so sharding and counting see the layers as before. The first calls take longer.
+    A layer's hooks stay outside, so sharding and counting see it as before, and so does activation checkpointing: what
+    is recomputed is compiled.
+
+    Args:
+        mode: `auto` compiles on GPUs; `on`; `off`.
+
+    Returns:
+        What was chosen, for people.
     """
+    if mode == "off" or (mode == "auto" and model.device.type != "cuda"):
+        return "layers: not compiled, " + ("as asked" if mode == "off" else "since this is no GPU")
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, VARIANTS)
     torch._dynamo.config.accumulated_recompile_limit = max(torch._dynamo.config.accumulated_recompile_limit, 1024)
+    for _, experts in experts_modules(model):
+        experts.__class__ = _called_outside(type(experts))
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     layers = [layer for layer in layers if not any(layer is not other and _holds(other, layer) for other in layers)]
-    for _, experts in experts_modules(model):
-        _keep_outside(experts)
     for layer in layers:
-        _compile_forward(layer, backend)
-    return len(layers)
-
-
-def _compile_forward(module: nn.Module, backend: str) -> None:
-    forward: Any = torch.compile(type(module).forward.__get__(module), backend=backend, dynamic=False)
-    module.forward = forward
-
-
-def _keep_outside(module: nn.Module) -> None:
-    """Let a module's call, its hooks included, run as it is in the middle of compiled code."""
-    module.__class__ = _outside(type(module))
+        layer.__class__ = _with_compiled_forward(type(layer), backend)
+    return f"layers: {len(layers)} compiled"
 
 
 @functools.cache
-def _outside(cls: type) -> type:
-    """A class by the same name whose call is not compiled; one for each, since compiled code is bound to it."""
-    namespace = {
-        "__call__": torch.compiler.disable(cls.__call__),
-        "__module__": cls.__module__,
-        "__qualname__": cls.__qualname__,
-    }
-    return type(cls.__name__, (cls,), namespace)
+def _with_compiled_forward(cls: type, backend: str) -> type:
+    """The class with its forward compiled; Transformers puts activation checkpointing around that of every subclass."""
+    forward: Any = torch.compile(inspect.unwrap(cls.forward), backend=backend, dynamic=False)  # type: ignore[attr-defined]
+    return _by_the_same_name(cls, {"forward": forward})
+
+
+@functools.cache
+def _called_outside(cls: type) -> type:
+    """The class with a call, hooks included, that runs as it is in the middle of compiled code."""
+    return _by_the_same_name(cls, {"__call__": torch.compiler.disable(cls.__call__)})  # type: ignore[operator]
+
+
+def _by_the_same_name(cls: type, namespace: dict[str, Any]) -> type:
+    return type(cls.__name__, (cls,), namespace | {"__module__": cls.__module__, "__qualname__": cls.__qualname__})
 
 
 def _holds(outer: nn.Module, inner: nn.Module) -> bool:

@@ -93,8 +93,8 @@ class Passes:
             return self._watched(batch, scale)
         if accumulate and not self._restore_gradients():
             return self._eager(batch, scale)
-        if accumulate not in self._graphs and not self._capture(batch, scale, accumulate):
-            return self._eager(batch, scale)
+        if accumulate not in self._graphs:
+            self._capture(batch, accumulate)
         loss = self._graphs[accumulate].replay(batch, scale)
         for parameter, gradient in self._gradients.items():
             parameter.grad = gradient
@@ -160,18 +160,16 @@ class Passes:
             loss.backward()
         return loss.detach()
 
-    def _capture(self, batch: dict[str, Tensor], scale: float, accumulate: bool) -> bool:
-        if not accumulate:
-            self._gradients = {}
+    def _capture(self, batch: dict[str, Tensor], accumulate: bool) -> None:
+        """Record a pass; nothing is computed. The graph's memory is its own, so the eager passes' is given back."""
         gc.collect()
         torch.cuda.empty_cache()
         captured = _Captured(batch, self.model.device)
         pool = next((graph.pool for graph in self._graphs.values()), None)
         with detach_streams(self.model):
-            captured.record(lambda inputs, scale: self._forward_backward(inputs, scale), pool, self.model)
+            captured.record(self._forward_backward, pool, self.model)
         self._graphs[accumulate] = captured
         self._gradients = {p: p.grad for p in self.model.parameters() if p.grad is not None}
-        return True
 
     def _restore_gradients(self) -> bool:
         """Bring gradients that an eager pass has left to where a captured pass adds to them."""
@@ -211,10 +209,8 @@ class _Captured:
         self.scale = torch.ones((), device=device)
         self.graph = torch.cuda.CUDAGraph()
         self.loss: Tensor | None = None
-
-    @property
-    def pool(self) -> Any:
-        return self.graph.pool()
+        self.pool: Any = None
+        """Where its memory comes from; graphs of one pool must not run side by side."""
 
     def record(self, run: Callable[[dict[str, Tensor], Tensor], Tensor], pool: Any, model: nn.Module) -> None:
         for exchange in exchanges():
@@ -223,6 +219,7 @@ class _Captured:
         with torch.cuda.graph(self.graph, pool=pool, capture_error_mode="thread_local"):
             self.loss = run(self.inputs, self.scale)
             join_streams(model)
+        self.pool = self.graph.pool()
 
     def replay(self, batch: dict[str, Tensor], scale: float) -> Tensor:
         for name, tensor in batch.items():

@@ -31,6 +31,7 @@ from moetrain.checkpoint import (
     save_state,
     verify_checksums,
 )
+from moetrain.compiled import compile_layers
 from moetrain.config import RunConfig
 from moetrain.create import (
     check_layout,
@@ -307,6 +308,7 @@ def setup(config: RunConfig) -> Run:
     rate = config.balance.bias_update_rate
     metrics.say(keep_gathered(model, config.parallel.keep_gathered))
     checkpoint_activations(model, config.model.activation_checkpointing)
+    metrics.say(compile_layers(model, config.train.compile))
     optimizer = build_optimizer(model, config.optim)
     return Run(
         config=config,

@@ -1,0 +1,157 @@
+"""Ranks' work for the tests of captured passes, with a stand-in for the CUDA graph: it runs what was recorded again,
+in place, at the capacities of the recording."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from moetrain import AutoModelForCausalLM, DistributedConfig, graph
+from moetrain.moe.dispatch import dispatchers_of
+from moetrain.moe.layer import ep_implementation
+from moetrain.parallelize import checkpoint_activations
+from tests.families import FAMILIES
+
+TOKENS = (2, 12)
+
+
+class Recorded(graph._Captured):
+    """What a CUDA graph does, by running the pass again: same inputs' memory, same gradients' memory, same capacities."""
+
+    def __init__(self, batch: dict[str, Tensor], device: torch.device) -> None:
+        self.inputs = {name: torch.empty_like(tensor) for name, tensor in batch.items()}
+        self.scale = torch.ones(())
+        self.pool = None
+
+    def record(self, run: Callable[..., Tensor], pool: Any, model: nn.Module) -> None:
+        self.run, self.model = run, model
+        self.adds = any(p.grad is not None for p in model.parameters())
+        self.dispatchers = [d for _, d in dispatchers_of(model)]
+        self.capacities = [d.capacity for d in self.dispatchers]
+        if not self.adds:
+            run({name: torch.zeros_like(tensor) for name, tensor in self.inputs.items()}, self.scale)
+        self.gradients = {p: p.grad for p in model.parameters() if p.grad is not None}
+
+    def replay(self, batch: dict[str, Tensor], scale: float) -> Tensor:
+        assert all(d.capacity == c for d, c in zip(self.dispatchers, self.capacities, strict=True))
+        for name, tensor in batch.items():
+            self.inputs[name].copy_(tensor)
+        self.scale.fill_(scale)
+        if self.adds:
+            assert all(p.grad is gradient for p, gradient in self.gradients.items()), "gradients have moved"
+            return self.run(self.inputs, self.scale)
+        self.model.zero_grad(set_to_none=True)
+        loss = self.run(self.inputs, self.scale)
+        with torch.no_grad():
+            for p, gradient in self.gradients.items():
+                gradient.copy_(p.grad)
+        return loss
+
+
+@contextmanager
+def recorded_instead_of_captured() -> Iterator[None]:
+    captured, obstacle = graph._Captured, graph.capture_obstacle
+    graph._Captured, graph.capture_obstacle = Recorded, lambda model: None  # type: ignore[assignment,misc]
+    try:
+        yield
+    finally:
+        graph._Captured, graph.capture_obstacle = captured, obstacle  # type: ignore[misc]
+
+
+def build(dispatch: str, world_size: int, checkpointing: str = "none", family: str = "qwen3_moe") -> Any:
+    torch.manual_seed(0)
+    layout = DistributedConfig(
+        fsdp_size=world_size, ep_size=world_size, ep_implementation=ep_implementation(dispatch)
+    )
+    model = AutoModelForCausalLM.from_config(FAMILIES[family](), dtype=torch.float32, distributed_config=layout).train()
+    checkpoint_activations(model, checkpointing)
+    return model
+
+
+def batches(rank: int, step: int, count: int = 2) -> list[dict[str, Tensor]]:
+    """Equal in every fourth step, so that what a step needed tells what a later one will."""
+    generator = torch.Generator().manual_seed(1000 * (step % 4) + rank)
+    ids = [torch.randint(3, 128, TOKENS, generator=generator) for _ in range(count)]
+    return [{"input_ids": row, "labels": row} for row in ids]
+
+
+def run_step(passes: graph.Passes, rank: int, step: int, count: int = 2) -> tuple[int, list[float], dict[str, Tensor]]:
+    """The passes of a step, again where they overflowed: how often, the losses, and this rank's gradients."""
+    runs = 0
+    while True:
+        runs += 1
+        losses = [
+            passes(batch, 24.0, accumulate=number > 0).item() for number, batch in enumerate(batches(rank, step, count))
+        ]
+        if not passes.overflowed():
+            break
+    gradients = {name: _local(p.grad).clone() for name, p in passes.model.named_parameters() if p.grad is not None}
+    return runs, losses, gradients
+
+
+def change(model: nn.Module, step: int) -> None:
+    """What an optimizer does, without one: the same on every rank and layout."""
+    with torch.no_grad():
+        for number, parameter in enumerate(model.parameters()):
+            _local(parameter).mul_(1.0 + 1e-4 * ((step + number) % 3 - 1))
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def differences(rank: int, world_size: int, checkpointing: str, forced: list[int]) -> dict[str, Any]:
+    """Steps of captured passes beside those of plain ones; `forced` layers overflow on the fullest rank, each in a step
+    of its own.
+
+    Returns how often each step ran, and the largest difference of a loss and of a gradient's norm over all steps.
+    """
+    plain = graph.Passes(build("alltoall", world_size), "off")
+    with recorded_instead_of_captured():
+        passes = graph.Passes(build("allgather", world_size, checkpointing))
+        runs, worst_loss, worst_gradient = [], 0.0, 0.0
+        fullest = [0] * len(passes.dispatchers)  # the step that needed most rows, by layer
+        for step in range(4 + 4 * len(forced)):
+            if step >= 4 and step % 4 == fullest[forced[(step - 4) // 4]]:
+                layer = forced[(step - 4) // 4]
+                passes.dispatchers[layer].capacity = passes._most_needed[layer] - 1
+                passes._graphs.clear()
+            _, losses, gradients = run_step(plain, rank, step)
+            before = list(passes._most_needed)
+            again, our_losses, our_gradients = run_step(passes, rank, step)
+            runs.append(again)
+            fullest = [step if now > then else f for now, then, f in zip(passes._most_needed, before, fullest, strict=True)]
+            assert gradients.keys() == our_gradients.keys()
+            worst_loss = max(worst_loss, *(abs(a - b) for a, b in zip(losses, our_losses, strict=True)))
+            for name, gradient in gradients.items():
+                error = (gradient - our_gradients[name]).norm() / gradient.norm().clamp(min=1e-6)
+                worst_gradient = max(worst_gradient, error.item())
+            change(plain.model, step)
+            change(passes.model, step)
+        status, graphs = passes.status, len(passes._graphs)
+        passes.close()
+    return {"runs": runs, "loss": worst_loss, "gradient": worst_gradient, "status": status, "graphs": graphs}
+
+
+def capacities(rank: int, world_size: int) -> dict[str, Any]:
+    """Capacity after each step, and the rows that a step brings."""
+    with recorded_instead_of_captured():
+        passes = graph.Passes(build("allgather", world_size))
+        found = []
+        for step in range(4):
+            for number, batch in enumerate(batches(rank, step)):
+                passes(batch, 24.0, accumulate=number > 0)
+            needed = [int(d.needed) for d in passes.dispatchers]  # type: ignore[arg-type]
+            passes.overflowed()
+            found.append((needed, [d.capacity for d in passes.dispatchers]))
+        other = {name: tensor[:1] for name, tensor in batches(rank, 0)[0].items()}
+        graphs = dict(passes._graphs)
+        passes(other, 12.0)
+        same = passes._graphs == graphs
+        passes.overflowed()
+    return {"steps": found, "other_shape_left_the_graphs": same, "status": passes.status}
