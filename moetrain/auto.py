@@ -27,6 +27,7 @@ from transformers.initialization import no_tie_weights
 from transformers.utils.quantization_config import QuantizationMethod
 
 from moetrain import families
+from moetrain.attention import select_attention
 from moetrain.backends.liger import apply_liger
 from moetrain.checkpoint import CheckpointInfo, Dropped, check_checkpoint, find_dropped, save_hf
 from moetrain.checkpoint.export import MAX_SHARD_BYTES
@@ -158,7 +159,7 @@ class _AutoModel:
         model, info = super().from_pretrained(  # type: ignore[misc]
             pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
         )
-        finish(model, kwargs.get("experts_implementation"))
+        finish(model, kwargs.get("experts_implementation"), kwargs.get("attn_implementation"))
         return (model, info) if wants_info else model
 
     @classmethod
@@ -172,7 +173,7 @@ class _AutoModel:
             model = super().from_config(config, **kwargs)  # type: ignore[misc]
         else:
             model = _sharded_from_config(super().from_config, config, distributed_config, **kwargs)  # type: ignore[misc]
-        finish(model, kwargs.get("experts_implementation"))
+        finish(model, kwargs.get("experts_implementation"), kwargs.get("attn_implementation"))
         return model
 
 
@@ -215,14 +216,16 @@ def _check_source(files: list[str] | None) -> CheckpointInfo | None:
     return check_checkpoint(directory) if standard else None
 
 
-def finish(model: Any, experts_implementation: str | None = None) -> None:
-    """What a model needs after its weights are there: our experts, and corrections of its family."""
+def finish(model: Any, experts_implementation: str | None = None, attn_implementation: str | None = None) -> None:
+    """What a model needs after its weights are there: our experts and attention, and corrections of its family."""
     families.check_supported(model.config)
     reason = families.fallback_reason(model)
     if reason is not None:
         _say(f"{reason}: plain Transformers" + (" with Liger's kernels" if apply_liger(model) else ""))
     elif experts_implementation is None:
         model.set_experts_implementation(NAME)
+    if attn_implementation is None:
+        select_attention(model)
     families.correct_after_load(model)
 
 

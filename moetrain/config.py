@@ -36,6 +36,9 @@ class ModelConfig(_Section):
     """Type of the parameters and the arithmetic."""
     attn_implementation: str | None = None
     """Name in Transformers' attention registry (`sdpa`, `eager`, `flash_attention_2`, ...); None: the model chooses."""
+    kernels: Literal["auto", "transformer_engine", "torch"] = "auto"
+    """Attention, projections and norms: `auto` is the fastest kernel of attention that a GPU has, `transformer_engine`
+    NVIDIA's library for all three, `torch` what Transformers takes. Attention named above comes first."""
     experts: Literal["auto", "eager"] = "auto"
     """Arithmetic of the experts: `auto` is grouped products and fused kernels, `eager` a loop, their reference."""
     dispatch: Literal["auto", "local", "alltoall", "allgather", "nvlink"] = "auto"
@@ -161,6 +164,8 @@ class TrainConfig(_Section):
     seed: int = 0
     loss: Literal["auto", "fused", "plain"] = "auto"
     """`fused` never holds the logits of all tokens; `auto` takes it where the model's head allows."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """Norms, rotary embeddings, routers and sums of each decoder layer fused by torch.compile; `auto` on GPUs."""
     cuda_graph: Literal["auto", "on", "off"] = "auto"
     """Forward and backward as one CUDA graph: `auto` where model and setting allow it, `on` or an error, `off`."""
     max_minutes: Annotated[float, Field(gt=0)] | None = None

@@ -15,7 +15,9 @@ from transformers import AutoModelForCausalLM as PlainAutoModelForCausalLM
 from transformers import AutoTokenizer, PreTrainedModel
 
 from moetrain import mesh
+from moetrain.attention import select_attention
 from moetrain.auto import AutoModelForCausalLM
+from moetrain.backends.transformer_engine import use_transformer_engine
 from moetrain.checkpoint.state import why_incomplete
 from moetrain.config import RunConfig
 from moetrain.create import check_loaded
@@ -82,6 +84,10 @@ def build_model(config: RunConfig, directory: Path) -> PreTrainedModel:
     check_loaded(directory, loading)
     if world == 1:
         model.to(mesh.device())
+    if config.model.attn_implementation is None and config.model.kernels != "auto":
+        select_attention(model, config.model.kernels)
+    if config.model.kernels == "transformer_engine":
+        use_transformer_engine(model)
     trained: PreTrainedModel = model.train()
     return trained
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from moetrain import mesh
+from moetrain.attention import explain_attention
 from moetrain.checkpoint import (
     check_checkpoint,
     find_latest,
@@ -299,8 +300,10 @@ def setup(config: RunConfig) -> Run:
     torch.manual_seed(config.train.seed)
     model = build_model(config, directory)
     if config.data.packing and config.data.document_mask:
-        isolate_documents(model)
+        isolate_documents(model, max(data.summary[use]["max_documents_in_row"] for use in ("train", "validation")))
     metrics.say(describe(model, data))
+    for choice in explain_attention(model, documents=config.data.packing and config.data.document_mask):
+        metrics.say(str(choice))
     metrics.say(install_loss(model, config.train.loss))
     metrics.say(set_aux_loss(model, config.balance.aux_loss_coef, config.train.grad_accum))
     set_gate(model, config.balance.gate)

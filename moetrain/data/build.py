@@ -180,6 +180,7 @@ def _counts(streams: list[Stream], seq_len: int) -> dict[str, Any]:
         "label_tokens": sum(plan.num_label_tokens for plan in plans),
         "left_out_tokens": sum(plan.num_left_out for plan in plans),
         "rows": rows,
+        "max_documents_in_row": max(plan.max_documents for plan in plans),
         "packing_efficiency": tokens / (rows * seq_len),
     }
 

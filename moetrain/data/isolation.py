@@ -8,8 +8,9 @@ What Transformers 5.23 does on its own, and what is missing:
 - Flash attention: boundaries are read from `position_ids` for batches of one row only; larger batches need
   `cu_seq_lens_q` and its companions.
 - Mamba, linear attention and short convolutions: the plain PyTorch paths know no boundaries and refuse `seq_idx`.
+- It looks on the device whether positions restart, which waits for the GPU.
 
-`isolate_documents` closes all three from outside the modelling code, with `seq_idx` of the batch as the only input.
+`isolate_documents` closes all of them from outside the modelling code, with `seq_idx` of the batch as the only input.
 """
 
 from __future__ import annotations
@@ -30,7 +31,9 @@ from torch import Tensor, nn
 from transformers import AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, and_masks
 
-# B rows, S tokens in a row, D hidden size.
+from moetrain import attention as our_attention
+
+# B rows, S tokens in a row, D hidden size, N documents.
 
 # Families whose layers depend on the place in the row in a way that no mask and no cut of a layer undoes.
 _CANNOT_ISOLATE = {
@@ -40,16 +43,35 @@ _CANNOT_ISOLATE = {
     "inkling": "its attention scales logits by the position in the row",
     "inkling2": "its attention scales logits by the position in the row",
 }
-_MASKED_ATTENTION = ("eager", "sdpa", "flex_attention")
+_MASKED_ATTENTION = ("eager", "sdpa", "flex_attention", *our_attention.NAMES.values())
 _RECURRENT = ("linear_attention", "conv", "mamba")
 _FLASH_KWARGS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 
 
 class Documents:
-    """Where the documents of a batch lie. `seq_idx_BS` is equal inside a document, and different in the next one."""
+    """Where the documents of a batch lie. `seq_idx_BS` is equal inside a document, and different in the next one; no
+    row has more than `max_documents` of them (None: unknown)."""
 
-    def __init__(self, seq_idx_BS: Tensor) -> None:
+    def __init__(self, seq_idx_BS: Tensor, max_documents: int | None = None) -> None:
         self.seq_idx_BS = seq_idx_BS
+        self.max_documents = max_documents
+
+    @cached_property
+    def cu_seqlens(self) -> Tensor:
+        """Where the documents begin in the flattened batch, and its length: int32 [N + 1] on the device of `seq_idx`.
+
+        With `max_documents` N is that of every row, the last documents are empty, and nothing waits for the device;
+        a batch with more fails there. Without, N is counted, which reads the device once.
+        """
+        rows, length = self.seq_idx_BS.shape
+        is_first_BS = self.seq_idx_BS.diff(prepend=self.seq_idx_BS[:, :1]) != 0
+        is_first_BS[:, 0] = True
+        document_T = is_first_BS.flatten().cumsum(0)  # from 1
+        num_documents = int(document_T[-1]) if self.max_documents is None else rows * self.max_documents
+        bounds = torch.arange(1, num_documents + 2, device=document_T.device)
+        cu_seqlens = torch.searchsorted(document_T, bounds, out_int32=True)
+        torch._assert_async(cu_seqlens[-1] == rows * length, "a row holds more documents than max_documents")
+        return cu_seqlens
 
     @cached_property
     def spans(self) -> list[tuple[int, int, int]]:
@@ -105,7 +127,7 @@ def packing_support(model: PreTrainedModel) -> str | None:
     return None
 
 
-def isolate_documents(model: PreTrainedModel) -> PreTrainedModel:
+def isolate_documents(model: PreTrainedModel, max_documents: int | None = None) -> PreTrainedModel:
     """Make `model` treat every document of a packed row as if it were alone, for batches that carry `seq_idx`.
 
     After this call `model(input_ids, position_ids, seq_idx)` gives each token the logits and gradients of a forward
@@ -117,6 +139,10 @@ def isolate_documents(model: PreTrainedModel) -> PreTrainedModel:
     `mamba_ssm` and `causal_conv1d` runs once, its kernels read `seq_idx`. Under activation checkpointing, families
     that pass `seq_idx` to their layers but not to these modules (Jamba, Zaya) need the backward of a batch before the
     forward of the next.
+
+    Args:
+        max_documents: most documents in a row, padding counted as one. With it, `moetrain` attention waits for nothing
+            and can be captured in a CUDA graph that later batches replay.
 
     Raises:
         ValueError: the family or its attention implementation cannot do it; see `packing_support`.
@@ -130,13 +156,14 @@ def isolate_documents(model: PreTrainedModel) -> PreTrainedModel:
     flash = "flash" in (model.config.get_text_config()._attn_implementation or "")
 
     def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        seq_idx_BS = kwargs.get("seq_idx")
-        if seq_idx_BS is None:
-            latest.documents = _running.get()  # not None in a decoder whose outer model keeps seq_idx to itself
-        elif latest.documents is None or latest.documents.seq_idx_BS is not seq_idx_BS:
-            latest.documents = Documents(seq_idx_BS)
+        seq_idx_BS, running = kwargs.get("seq_idx"), _running.get()
+        if seq_idx_BS is None or (running is not None and running.seq_idx_BS is seq_idx_BS):
+            latest.documents = running  # not None in a decoder, whose outer model may keep seq_idx to itself
+        else:  # in every forward: one that replays in a graph has other documents in the same tensor
+            latest.documents = Documents(seq_idx_BS, max_documents)
         _running.set(latest.documents)
         if latest.documents is not None:
+            our_attention.packing.note(latest.documents.seq_idx_BS)
             if isinstance(kwargs.get("attention_mask"), Tensor):
                 raise ValueError("a packed batch has no attention_mask: its rows hold documents, not padding")
             kwargs["use_cache"] = False  # with a cache Transformers does not look for packed documents
@@ -146,6 +173,7 @@ def isolate_documents(model: PreTrainedModel) -> PreTrainedModel:
 
     def leave(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         _running.set(None)
+        our_attention.packing.forget()
 
     # Masks are made in the decoder, or around it in models that also see images; losses without logits call it alone.
     decoder = model.get_decoder()
@@ -236,6 +264,7 @@ def _document_mask(original: Callable[..., Any], *args: Any, **kwargs: Any) -> A
     def same_document(batch_idx: Any, head_idx: Any, q_idx: Any, kv_idx: Any) -> Any:
         return seq_idx_BS[batch_idx, q_idx] == seq_idx_BS[batch_idx, kv_idx]
 
+    same_document.documents = documents  # type: ignore[attr-defined]
     kwargs["mask_function"] = and_masks(kwargs["mask_function"], same_document)
     kwargs["allow_is_causal_skip"] = False
     return original(*args, **kwargs)

@@ -102,6 +102,11 @@ class RowPlan:
     def num_tokens(self) -> int:
         return int(self.pieces.length.sum())
 
+    @property
+    def max_documents(self) -> int:
+        """Most documents in a row, its padding counted as one."""
+        return int(np.diff(self._first).max(initial=0)) + 1
+
     def documents_of(self, row: int) -> Row:
         """Token ids (int64) and loss flags (bool) of the documents of a row."""
         run = range(int(self._first[row]), int(self._first[row + 1]))
@@ -144,7 +149,7 @@ def collate(
         no loss falls, on the first token of every document, and on padding.
         With packing and `document_mask`: positions restart in each document and `seq_idx` (int32, the type that the
         kernels of Mamba read) numbers the documents of a row; padding at the end is a document of its own.
-        With packing alone: positions run through the row.
+        With packing alone: no positions, since the model's own run through the row.
         Without packing: `attention_mask` (int64), 0 on padding.
     """
     shape = (len(rows), seq_len)
@@ -168,5 +173,4 @@ def collate(
     batch = {"input_ids": torch.from_numpy(input_ids), "labels": torch.from_numpy(labels)}
     if packing and document_mask:
         return batch | {"position_ids": torch.from_numpy(position_ids), "seq_idx": torch.from_numpy(seq_idx)}
-    batch["position_ids"] = torch.arange(seq_len).expand(shape).contiguous()
     return batch if packing else batch | {"attention_mask": torch.from_numpy(used)}

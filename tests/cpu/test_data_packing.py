@@ -78,12 +78,11 @@ def test_a_batch_by_hand() -> None:
     assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1, 0, 1], [0, 1, 2, 3, 4, 5, 6]]
     assert batch["seq_idx"].tolist() == [[0, 0, 0, 1, 1, 2, 2], [0] * 7]
     mixing = collate([row], 7, 99, packing=True, document_mask=False)
-    assert sorted(mixing) == ["input_ids", "labels", "position_ids"]
+    assert sorted(mixing) == ["input_ids", "labels"]
     assert mixing["labels"].tolist() == batch["labels"][:1].tolist()
-    assert mixing["position_ids"].tolist() == [[0, 1, 2, 3, 4, 5, 6]]
     padded = collate([row[:1], []], 5, 99, packing=False, document_mask=True)
     assert padded["attention_mask"].tolist() == [[1, 1, 1, 0, 0], [0] * 5]
-    assert padded["position_ids"].tolist() == [[0, 1, 2, 3, 4]] * 2
+    assert "position_ids" not in padded
     assert "seq_idx" not in padded
 
 

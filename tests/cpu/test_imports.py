@@ -18,9 +18,10 @@ FLOORS = (
     ("plan", "bench"),
     ("trainer", "prepare", "create"),
     ("auto",),
-    ("parallelize", "sharded_init", "graph"),
+    ("parallelize", "sharded_init", "graph", "compiled"),
     ("moe", "optim", "report", "doctor"),
-    ("kernels", "backends", "checkpoint", "data", "loss", "metrics", "guard", "mesh", "config", "families"),
+    ("attention", "data", "fsdp"),
+    ("kernels", "backends", "checkpoint", "loss", "metrics", "guard", "mesh", "config", "families"),
 )
 FLOOR_OF = {name: len(FLOORS) - i for i, names in enumerate(FLOORS) for name in names}
 
