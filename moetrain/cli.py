@@ -1,4 +1,4 @@
-"""The command line: `moetrain train | export | data | report | doctor`.
+"""The command line: `moetrain train | export | data | report | bench | plan | doctor`.
 
 Torch and Transformers are imported by the verbs that need them, so that `--help` answers at once.
 """
@@ -13,6 +13,9 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from moetrain.bench.commands import add_bench, check_names, name_part, run_bench
+from moetrain.plan.arguments import add_plan
 
 if TYPE_CHECKING:
     from moetrain.config import RunConfig
@@ -97,6 +100,24 @@ def report(args: argparse.Namespace) -> int:
     return 0
 
 
+def bench(args: argparse.Namespace) -> int:
+    from moetrain.launcher import free_port, is_rank, rank_environment, run_local
+
+    check_names(args)  # a wrong name costs no start of ranks
+    if args.on_ranks and not is_rank():
+        processes = args.processes or _count_gpus() or 1
+        if processes > 1:
+            return run_local([sys.executable, "-m", "moetrain", *args.words], processes, Path(args.out) / "logs")
+        os.environ.update(rank_environment(0, 1, free_port()))
+    return run_bench(args)
+
+
+def plan(args: argparse.Namespace) -> int:
+    from moetrain.plan.command import run
+
+    return run(args)
+
+
 def doctor(args: argparse.Namespace) -> int:
     from moetrain.doctor import examine
 
@@ -105,7 +126,9 @@ def doctor(args: argparse.Namespace) -> int:
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = _parser()
-    args, rest = parser.parse_known_args(argv)
+    words = list(sys.argv[1:] if argv is None else argv)
+    args, rest = parser.parse_known_args(name_part(words))
+    args.words = words
     # argparse takes positionals once; overrides may also stand behind an option
     if rest and "overrides" in args and not any(word.startswith("-") for word in rest):
         args.overrides += rest
@@ -118,8 +141,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="moetrain",
         description="Fine-tune Mixture-of-Experts models of Transformers with expert parallelism.",
-        epilog="Exit codes: 0 done, or told to stop (SIGTERM, SIGUSR1, Ctrl-C) and saved; 2 an error you can mend; "
-        "128 + n ended by signal n; others are bugs. MOETRAIN_DEBUG=1 shows the traceback of an error.",
+        epilog="Exit codes: 0 done; 75 told to stop (SIGTERM, SIGUSR1, SIGUSR2, Ctrl-C) and saved, the same command goes "
+        "on; 2 an error you can mend; 128 + n ended by signal n; others are bugs. MOETRAIN_DEBUG=1 shows the traceback "
+        "of an error.",
     )
     parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
     verbs = parser.add_subparsers(title="verbs", required=True, metavar="VERB")
@@ -176,6 +200,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("run_dir", metavar="RUN_DIR", help="output_dir of the run")
 
+    add_bench(verbs, _verb, bench)
+    add_plan(verbs, _verb, plan)
+
     sub = _verb(
         verbs,
         "doctor",
@@ -186,6 +213,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("--json", action="store_true", help="for programs")
     return parser
+
+
+def _count_gpus() -> int:
+    import torch
+
+    return torch.cuda.device_count()
 
 
 def _verb(

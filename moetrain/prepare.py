@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,19 @@ from moetrain.attention import select_attention
 from moetrain.auto import AutoModelForCausalLM
 from moetrain.backends.transformer_engine import use_transformer_engine
 from moetrain.checkpoint.state import why_incomplete
+from moetrain.compiled import compile_layers
 from moetrain.config import RunConfig
 from moetrain.create import check_loaded
 from moetrain.data import Data
+from moetrain.fsdp import keep_gathered
+from moetrain.graph import Passes
+from moetrain.loss import install_loss
+from moetrain.moe.balance import LoadStats, set_aux_loss
 from moetrain.moe.dispatch import fastest_dispatch
 from moetrain.moe.layer import ep_implementation
+from moetrain.moe.router import set_gate
+from moetrain.optim import AdamW, build_optimizer
+from moetrain.parallelize import checkpoint_activations
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -90,6 +99,34 @@ def build_model(config: RunConfig, directory: Path) -> PreTrainedModel:
         use_transformer_engine(model)
     trained: PreTrainedModel = model.train()
     return trained
+
+
+@dataclass(frozen=True)
+class StepParts:
+    """What turns batches into gradients, and gradients into updates."""
+
+    passes: Passes
+    optimizer: AdamW
+    stats: LoadStats
+    notes: list[str]
+    """What was chosen and why, for people."""
+
+
+def step_parts(model: PreTrainedModel, config: RunConfig) -> StepParts:
+    """Make a model in training mode ready for steps: its loss, gate, checkpointing, compilation and optimizer."""
+    notes = [
+        install_loss(model, config.train.loss),
+        set_aux_loss(model, config.balance.aux_loss_coef, config.train.grad_accum),
+    ]
+    set_gate(model, config.balance.gate)
+    stats = LoadStats.attach(model)
+    notes.append(keep_gathered(model, config.parallel.keep_gathered))
+    checkpoint_activations(model, config.model.activation_checkpointing)
+    notes.append(compile_layers(model, config.train.compile))
+    optimizer = build_optimizer(model, config.optim)
+    passes = Passes(model, config.train.cuda_graph)
+    notes.append(f"step: {passes.status}")
+    return StepParts(passes, optimizer, stats, notes)
 
 
 def describe(model: PreTrainedModel, data: Data) -> str:

@@ -32,7 +32,6 @@ from moetrain.checkpoint import (
     save_state,
     verify_checksums,
 )
-from moetrain.compiled import compile_layers
 from moetrain.config import RunConfig
 from moetrain.create import (
     check_layout,
@@ -43,16 +42,21 @@ from moetrain.create import (
     meta_model,
 )
 from moetrain.data import Data, build_data, check_vocabulary, isolate_documents, training_texts
-from moetrain.fsdp import keep_gathered
 from moetrain.graph import Passes
 from moetrain.guard import Guard, check_writable
-from moetrain.loss import install_loss, without_logits
+from moetrain.loss import without_logits
 from moetrain.metrics import EvalRecord, Metrics, StepRecord
-from moetrain.moe.balance import BiasUpdate, LoadStats, set_aux_loss
-from moetrain.moe.router import set_gate
-from moetrain.optim import build_optimizer, build_scheduler, clip_grad_norm, keep_settings
-from moetrain.parallelize import checkpoint_activations
-from moetrain.prepare import build_model, check_resume, continue_text, describe, keep_quiet, start_process_group
+from moetrain.moe.balance import BiasUpdate, LoadStats
+from moetrain.optim import AdamW, build_scheduler, clip_factor, grad_norm, keep_settings
+from moetrain.prepare import (
+    build_model,
+    check_resume,
+    continue_text,
+    describe,
+    keep_quiet,
+    start_process_group,
+    step_parts,
+)
 
 
 def train(config: RunConfig) -> bool:
@@ -103,7 +107,7 @@ class Run:
     passes: Passes
     tokenizer: Any
     data: Data
-    optimizer: torch.optim.Optimizer
+    optimizer: AdamW
     scheduler: torch.optim.lr_scheduler.LambdaLR
     stats: LoadStats
     bias_update: BiasUpdate | None
@@ -123,11 +127,11 @@ class Run:
         while self.passes.overflowed():
             self.stats.discard()
             loss = self.forward_backward(passes, label_tokens)
-        grad_norm = clip_grad_norm(self.model.parameters(), self.config.optim.max_grad_norm)
-        mean_loss, norm = self.mean_over_ranks(loss), grad_norm.item()
+        norm_on_device = grad_norm(self.model.parameters())
+        mean_loss, norm = self.mean_over_ranks(loss), norm_on_device.item()
         self.guard.check_finite(step, mean_loss, norm)
         lr = float(self.scheduler.get_last_lr()[0])
-        self.optimizer.step()
+        self.optimizer.step(grad_factor=clip_factor(norm_on_device, self.config.optim.max_grad_norm))
         self.scheduler.step()
         balance = self.stats.read()
         if self.bias_update is not None:
@@ -304,26 +308,21 @@ def setup(config: RunConfig) -> Run:
     metrics.say(describe(model, data))
     for choice in explain_attention(model, documents=config.data.packing and config.data.document_mask):
         metrics.say(str(choice))
-    metrics.say(install_loss(model, config.train.loss))
-    metrics.say(set_aux_loss(model, config.balance.aux_loss_coef, config.train.grad_accum))
-    set_gate(model, config.balance.gate)
-    stats = LoadStats.attach(model)
+    parts = step_parts(model, config)
+    for note in parts.notes:
+        metrics.say(note)
     rate = config.balance.bias_update_rate
-    metrics.say(keep_gathered(model, config.parallel.keep_gathered))
-    checkpoint_activations(model, config.model.activation_checkpointing)
-    metrics.say(compile_layers(model, config.train.compile))
-    optimizer = build_optimizer(model, config.optim)
     return Run(
         config=config,
         device=device,
         model=model,
-        passes=Passes(model, config.train.cuda_graph),
+        passes=parts.passes,
         tokenizer=tokenizer,
         data=data,
-        optimizer=optimizer,
-        scheduler=build_scheduler(optimizer, config.optim, config.train.steps),
-        stats=stats,
-        bias_update=BiasUpdate(model, rate, stats) if rate else None,
+        optimizer=parts.optimizer,
+        scheduler=build_scheduler(parts.optimizer, config.optim, config.train.steps),
+        stats=parts.stats,
+        bias_update=BiasUpdate(model, rate, parts.stats) if rate else None,
         guard=Guard(output_dir, mesh.rank(), hang_seconds=config.parallel.timeout_seconds / 2),
         metrics=metrics,
     )

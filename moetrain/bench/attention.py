@@ -95,7 +95,8 @@ def _bench_case(name: str, shape: Shape, tokens: int, limit: float, against_tran
 
 
 def _step(forward: Callable[[], Tensor], leaves: list[Tensor]) -> Callable[[], Any]:
-    grad = torch.randn_like(forward())
+    with torch.no_grad():  # a graph of autograd would remember the stream it was made on
+        grad = torch.randn_like(forward())
     return lambda: torch.autograd.grad(forward(), leaves, grad)
 
 

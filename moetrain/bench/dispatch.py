@@ -1,40 +1,42 @@
 """Time and rate of bringing tokens to the ranks of their experts and back: NVLink stores beside NCCL's collectives.
 
-    torchrun --nproc-per-node 8 -m moetrain.bench.dispatch [--tokens 4096] [--hidden 2048] [--intermediate 768]
-        [--experts 128] [--top-k 8]
-
 Every rank routes its tokens by a random router. First what arrives is compared with what was sent, then each part is
 captured in a CUDA graph and replayed; a time is the slowest rank's. `GB/s` counts bytes that leave the GPU.
 """
 
 from __future__ import annotations
 
-import argparse
-import os
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from moetrain.bench.kernels import Row, format_table, graph_milliseconds
+from moetrain.bench.flops import BF16_TFLOP_PER_S
+from moetrain.bench.kernels import graph_milliseconds
+from moetrain.bench.rows import Row
 from moetrain.kernels.activation import Activation
-from moetrain.kernels.exchange import Exchange
+from moetrain.kernels.exchange import NvlinkExchange
 from moetrain.kernels.experts import expert_rows, experts_forward
 from moetrain.kernels.nvlink import push_choices, push_sums, push_tokens, sum_partials
 from moetrain.kernels.permutation import permute_ref, permute_rows, sum_rows
 from moetrain.kernels.routing import route_sort
 from moetrain.kernels.rows import ExpertWeights
+from moetrain.moe.dispatch import StaticDispatcher, build_dispatcher
 
 NVLINK_GB_PER_S = 450.0
 """NVLink of a Hopper GPU in one direction, by its data sheet: 18 links of 25 GB/s."""
-GEMM_TFLOP_PER_S = 790.0
-"""A large bf16 product on one H200."""
 
 
 def bench_dispatch(tokens: int, hidden: int, intermediate: int, experts: int, top_k: int) -> list[Row]:
-    """Check the exchange and a layer through it, then measure both. Call it on every rank of an initialised default
-    group."""
+    """Check the exchange and a layer through it, then measure both. Call it on every rank.
+
+    Raises:
+        ValueError: not several GPUs that reach each other's memory, or experts that they cannot share evenly.
+        AssertionError: something arrives wrong.
+    """
+    if not dist.is_initialized() or not torch.cuda.is_available():
+        raise ValueError("the exchange is timed on two GPUs or more: `moetrain bench dispatch --processes N`")
     rank, world = dist.get_rank(), dist.get_world_size()
     if experts % world:
         raise ValueError(f"{experts} experts cannot be split evenly over {world} ranks")
@@ -44,25 +46,31 @@ def bench_dispatch(tokens: int, hidden: int, intermediate: int, experts: int, to
     weights = torch.rand(tokens, top_k, device="cuda")
     group = dist.group.WORLD
     assert group is not None
-    exchange = Exchange(group, tokens, hidden, top_k, experts // world, 2 * tokens * top_k)
-    check_exchange(exchange, x, index, weights)
+    dispatcher = build_dispatcher("nvlink", experts, group)
+    assert isinstance(dispatcher, StaticDispatcher)
+    dispatcher.capacity = 2 * tokens * top_k
+    exchange = dispatcher.exchange_for(x, top_k)
+    assert isinstance(exchange, NvlinkExchange)
+    check_exchange(exchange, x, index, weights, dispatcher.capacity)
     up, down = (
         torch.randn(experts // world, *shape, device="cuda").mul_(0.02).bfloat16().requires_grad_()
         for shape in ((2 * intermediate, hidden), (hidden, intermediate))
     )
-    layer = check_layer(exchange, x, index, weights, ExpertWeights(up, down))
+    layer = check_layer(dispatcher, x, index, weights, ExpertWeights(up, down))
     layer_ms = _slowest(layer)
     layer_rate = 6 * tokens * top_k * (up[0].numel() + down[0].numel()) / layer_ms / 1e9
     return [
-        *_time_nvlink(exchange, x, index, weights),
+        *_time_nvlink(exchange, x, index, weights, dispatcher.capacity),
         Row(
-            "nvlink", "expert layer, forward + backward", layer_ms, layer_rate, "TFLOP/s", layer_rate / GEMM_TFLOP_PER_S
+            "nvlink", "expert layer, forward + backward", layer_ms, layer_rate, "TFLOP/s", layer_rate / BF16_TFLOP_PER_S
         ),
         *_time_nccl(x, index, weights, experts),
     ]
 
 
-def check_exchange(exchange: Exchange, x_TH: torch.Tensor, index_TK: torch.Tensor, weights_TK: torch.Tensor) -> None:
+def check_exchange(
+    exchange: NvlinkExchange, x_TH: torch.Tensor, index_TK: torch.Tensor, weights_TK: torch.Tensor, capacity: int
+) -> None:
     """Compare every call of the exchange with the same computed from all ranks' tokens.
 
     Raises:
@@ -70,26 +78,28 @@ def check_exchange(exchange: Exchange, x_TH: torch.Tensor, index_TK: torch.Tenso
     """
     everyone, all_index, all_weights = (_gather(t) for t in (x_TH, index_TK, weights_TK))
     first, experts = exchange.rank * exchange.num_local_experts, exchange.num_local_experts
+    ids = index_TK.int()
     for _ in range(3):
-        rows, row_weights, routing = exchange.dispatch(x_TH, index_TK, weights_TK)
-        expected = route_sort(all_index, experts, exchange.capacity, first)
+        exchange.post_tokens(x_TH, ids, weights_TK)
+        rows, row_weights, routing = exchange.take_rows(capacity)
+        expected = route_sort(all_index, experts, capacity, first)
         assert all(torch.equal(a, b) for a, b in zip(routing, expected, strict=True)), "routing differs"
         used = int(routing.offsets_E[-1])
-        expected_rows, expected_weights = permute_ref(everyone, all_weights, routing.row_TK, exchange.capacity)
+        expected_rows, expected_weights = permute_ref(everyone, all_weights, routing.row_TK, capacity)
         assert torch.equal(rows[:used], expected_rows[:used]), "dispatched rows differ"
         assert torch.equal(row_weights[:used], expected_weights[:used]), "dispatched weights differ"
 
         scale = (1.0 + (routing.slot_R % exchange.num_local_experts)).bfloat16()[:, None]
-        total = exchange.combine(rows * scale, index_TK, routing)
+        exchange.post_sums(rows * scale, None, routing.row_TK)
+        total, _ = exchange.take_sums(ids, weighted=False)
         factor = 1.0 + (_slots(index_TK, exchange.rank) % exchange.num_local_experts)
         error = (total.double() - x_TH.double() * factor.sum(1, keepdim=True)).norm() / total.double().norm()
         assert error < 5e-3, f"combined sums are off by {error:.1e}"
-        again = exchange.combine(rows * scale, index_TK, routing)
-        assert torch.equal(total, again), "combine is not deterministic"
+        exchange.post_sums(rows * scale, None, routing.row_TK)
+        assert torch.equal(total, exchange.take_sums(ids, weighted=False)[0]), "combine is not deterministic"
 
-        ids = index_TK.int()
         exchange.post_tokens(x_TH, ids, None)
-        grad_rows = exchange.take_more_rows(routing.row_TK)
+        grad_rows = exchange.take_more_rows(routing.row_TK, capacity)
         assert torch.equal(grad_rows[:used], expected_rows[:used]), "gradient rows differ"
         exchange.post_sums(grad_rows, row_weights, routing.row_TK)
         _, grad_weights = exchange.take_sums(ids, weighted=True)
@@ -98,7 +108,7 @@ def check_exchange(exchange: Exchange, x_TH: torch.Tensor, index_TK: torch.Tenso
 
 
 def check_layer(
-    exchange: Exchange,
+    dispatcher: StaticDispatcher,
     x_TH: torch.Tensor,
     index_TK: torch.Tensor,
     weights_TK: torch.Tensor,
@@ -112,15 +122,15 @@ def check_layer(
             the output or the tokens' gradients differ from the sum over ranks by more than bf16 rounding.
     """
     activation = Activation("silu")
-    first = exchange.rank * exchange.num_local_experts
+    first = dist.get_rank() * dispatcher.num_local
     x_TH, weights_TK = x_TH.detach().requires_grad_(), weights_TK.detach().requires_grad_()
     grad_TH = torch.randn_like(x_TH)
     leaves = [x_TH, weights_TK, experts.up, experts.down]
 
     def step() -> tuple[torch.Tensor, ...]:
-        rows, row_weights, routing = exchange.dispatch(x_TH, index_TK, weights_TK)
-        rows = expert_rows(rows, routing.offsets_E, row_weights, experts, activation)
-        out = exchange.combine(rows, index_TK, routing)
+        dispatched = dispatcher.dispatch(x_TH, index_TK, weights_TK)
+        rows = expert_rows(dispatched.rows_RH, dispatched.offsets_e, dispatched.weights_R, experts, activation)
+        out = dispatcher.combine(rows, dispatched)
         return (out.detach(), *torch.autograd.grad(out, leaves, grad_TH))
 
     everyone, all_weights = _gather(x_TH.detach()).requires_grad_(), _gather(weights_TK.detach()).requires_grad_()
@@ -167,11 +177,14 @@ def _slowest(fn: Callable[[], Any]) -> float:
     return ms.item()
 
 
-def _time_nvlink(exchange: Exchange, x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> list[Row]:
+def _time_nvlink(
+    exchange: NvlinkExchange, x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor, capacity: int
+) -> list[Row]:
     rank, world, experts = exchange.rank, exchange.world, exchange.num_local_experts
     ids, hidden_bytes = index.int(), x.shape[1] * x.element_size()
-    rows, row_weights, routing = exchange.dispatch(x, index, weights)
-    exchange.combine(rows, index, routing)
+    exchange.post_tokens(x, ids, weights)
+    rows, row_weights, routing = exchange.take_rows(capacity)
+    exchange.post_sums(rows, None, routing.row_TK)
     remote = _remote_copies(index, experts, rank) * hidden_bytes
     received = _remote_copies_here(exchange, routing.row_TK) * hidden_bytes
 
@@ -182,27 +195,28 @@ def _time_nvlink(exchange: Exchange, x: torch.Tensor, index: torch.Tensor, weigh
 
     tables, tokens_table = (exchange.returned.table, exchange.weight_grads.table), exchange.sent.table
 
+    def forward() -> None:
+        exchange.post_tokens(x, ids, weights)
+        exchange.post_sums(exchange.take_rows(capacity)[0], None, routing.row_TK)
+        exchange.take_sums(ids, weighted=False)
+
     def backward() -> None:
         exchange.post_tokens(x, ids, None)
-        exchange.post_sums(exchange.take_more_rows(routing.row_TK), row_weights, routing.row_TK)
+        exchange.post_sums(exchange.take_more_rows(routing.row_TK, capacity), row_weights, routing.row_TK)
         exchange.take_sums(ids, weighted=True)
 
     return [
         timed("push choices", lambda: push_choices(ids, weights, exchange.choices.table, exchange.weights.table, rank)),
         timed("push tokens", lambda: push_tokens(x, ids, tokens_table, rank, experts), remote),
         timed("barrier", lambda: exchange._handle.barrier(0)),
-        timed("route_sort", lambda: route_sort(exchange.choices.local, experts, exchange.capacity, rank * experts)),
+        timed("route_sort", lambda: route_sort(exchange.choices.local, experts, capacity, rank * experts)),
         timed(
             "permute",
-            lambda: permute_rows(exchange.sent.local, exchange.weights.local, routing.row_TK, exchange.capacity),
+            lambda: permute_rows(exchange.sent.local, exchange.weights.local, routing.row_TK, capacity),
         ),
         timed("push sums", lambda: push_sums(rows, None, routing.row_TK, *tables, rank), received),
         timed("sum partials", lambda: sum_partials(exchange.returned.local, None, ids, experts, world)),
-        timed(
-            "dispatch + combine",
-            lambda: exchange.combine(exchange.dispatch(x, index, weights)[0], index, routing),
-            remote + received,
-        ),
+        timed("dispatch + combine", forward, remote + received),
         timed("their backward", backward, remote + received),
     ]
 
@@ -215,7 +229,7 @@ def _remote_copies(index_TK: torch.Tensor, local_experts: int, rank: int) -> int
     return int(owners.sum())
 
 
-def _remote_copies_here(exchange: Exchange, row_SK: torch.Tensor) -> int:
+def _remote_copies_here(exchange: NvlinkExchange, row_SK: torch.Tensor) -> int:
     """Tokens of other ranks that have a row here."""
     here = (row_SK >= 0).any(1).view(exchange.world, -1).sum(1)
     here[exchange.rank] = 0
@@ -252,22 +266,3 @@ def _time_nccl(x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor, expe
         timed("reduce_scatter", lambda: dist.reduce_scatter_tensor(torch.empty_like(x), gathered), whole),
         timed("dispatch + combine", exchange, 2 * duplicated),
     ]
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    defaults = {"tokens": 4096, "hidden": 2048, "intermediate": 768, "experts": 128, "top-k": 8}
-    for name, default in defaults.items():
-        parser.add_argument(f"--{name}", type=int, default=default)
-    args = parser.parse_args()
-    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl", device_id=torch.device("cuda", torch.cuda.current_device()))
-    rows = bench_dispatch(args.tokens, args.hidden, args.intermediate, args.experts, args.top_k)
-    if dist.get_rank() == 0:
-        print(f"{dist.get_world_size()} x {torch.cuda.get_device_name()}, torch {torch.__version__}, {vars(args)}")
-        print(format_table(rows))
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()

@@ -1,23 +1,19 @@
 """Time, rate and share of the hardware's limit of each kernel of the expert layer, at the shapes of real models.
 
-    python -m moetrain.bench.kernels [--shapes qwen3-30b-a3b ...] [--against transformers] [--json FILE]
-
 Each part is captured in a CUDA graph and replayed, so that the host's launch time is left out; the layer is timed
 eager as well. The limits are measured in the same run: a device copy and a large matrix product.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from moetrain.bench.rows import Row
+from moetrain.bench.shapes import LayerShape, experts_module, layer_shape
 from moetrain.kernels.activation import Activation, recognise_activation
 from moetrain.kernels.bias import add_row_bias_, expert_sum, row_bias_backward
 from moetrain.kernels.experts import experts_forward
@@ -27,54 +23,29 @@ from moetrain.kernels.permutation import permute_rows, sum_rows
 from moetrain.kernels.routing import route_sort
 from moetrain.kernels.rows import ExpertWeights, expert_weights
 
-
-@dataclass(frozen=True)
-class LayerShape:
-    """One rank's expert layer: `num_experts` are those on this rank, and each token chooses `top_k` of them."""
-
-    model: str
-    tokens: int
-    top_k: int
-    num_experts: int
-    hidden: int
-    intermediate: int
+SHAPES = ("qwen3-30b-a3b", "qwen3-30b-a3b-ep8", "gpt-oss-20b", "nemotron-3-nano-30b-a3b")
+"""Measured unless others are named; `-ep8`: the rows and experts of a rank when 8 ranks share the model's experts."""
 
 
-SHAPES = {
-    "qwen3-30b-a3b": LayerShape("qwen3_moe", 4096, 8, 128, 2048, 768),
-    "qwen3-30b-a3b-ep8": LayerShape("qwen3_moe", 4096, 8, 16, 2048, 768),
-    "gpt-oss-20b": LayerShape("gpt_oss", 4096, 4, 32, 2880, 2880),
-    "nemotron-3-nano": LayerShape("nemotron_h", 4096, 6, 128, 2688, 1856),
-}
-"""`-ep8`: the rows and experts of a rank when 8 ranks share the model's 128 experts."""
+def bench_kernels(names: Sequence[str] = SHAPES, tokens: int = 4096, against_transformers: bool = False) -> list[Row]:
+    """Measure every part and the whole layer on the current CUDA device.
 
+    Args:
+        names: of models, `-epN` behind them for one of N ranks' share.
+        tokens: of a rank.
 
-@dataclass(frozen=True)
-class Row:
-    """One line of the table. `rate` is in TFLOP/s or GB/s, `share` its part of the limit measured in the same run."""
-
-    shape: str
-    part: str
-    ms: float
-    rate: float
-    unit: str
-    share: float
-
-
-def bench_kernels(shapes: Sequence[str], against_transformers: bool = False) -> list[Row]:
-    """Measure every part and the whole layer at each of `shapes` (keys of SHAPES) on the current CUDA device."""
-    unknown = sorted(set(shapes) - set(SHAPES))
-    if unknown:
-        raise ValueError(f"unknown shape {unknown[0]!r}; valid: {', '.join(SHAPES)}")
+    Raises:
+        ValueError: an unknown model, or no GPU.
+    """
+    shapes = {name: layer_shape(name, tokens) for name in names}
     if not torch.cuda.is_available():
-        raise ValueError("the kernels are timed on a GPU, and torch sees none")
+        raise ValueError("the kernels are timed on a GPU, and torch sees none; `moetrain doctor` says why")
     limits = _measure_limits()
     rows = [Row("limit", part, *values, 1.0) for part, values in limits.items()]
-    for name in shapes:
-        with torch.device("cuda"):
-            module = _experts_module(SHAPES[name])
-        rows += _bench_parts(name, module, limits)
-        rows += _bench_layer(name, module, limits, against_transformers)
+    for name, shape in shapes.items():
+        module = experts_module(shape)
+        rows += _bench_parts(name, shape, module, limits)
+        rows += _bench_layer(name, shape, module, limits, against_transformers)
         del module
         torch.cuda.empty_cache()
     return rows
@@ -123,47 +94,14 @@ def _measure_limits() -> dict[str, tuple[float, float, str]]:
     source = torch.empty(2**30, dtype=torch.bfloat16, device="cuda").normal_()
     target = torch.empty_like(source)
     copy_ms = eager_milliseconds(lambda: target.copy_(source))  # a copy node in a graph runs at two thirds of it
+    return {"copy": (copy_ms, 2 * 2**31 / copy_ms / 1e6, "GB/s"), "gemm 8192": (*measure_gemm(), "TFLOP/s")}
+
+
+def measure_gemm() -> tuple[float, float]:
+    """Milliseconds and TFLOP/s of an 8192^3 matrix product in bf16."""
     a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    gemm_ms = graph_milliseconds(lambda: a @ b, calls=2)  # as short as the parts: power limits the clock after 50 ms
-    return {
-        "copy": (copy_ms, 2 * 2**31 / copy_ms / 1e6, "GB/s"),
-        "gemm 8192": (gemm_ms, 2 * 8192**3 / gemm_ms / 1e9, "TFLOP/s"),
-    }
-
-
-def _experts_module(shape: LayerShape) -> Any:
-    """Transformers' own experts module of the shape, bf16, random weights."""
-    if shape.model == "qwen3_moe":
-        from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeConfig, Qwen3MoeExperts
-
-        config = Qwen3MoeConfig(num_experts=shape.num_experts, moe_intermediate_size=shape.intermediate)
-        config.hidden_size = shape.hidden
-        module = Qwen3MoeExperts(config)
-    elif shape.model == "gpt_oss":
-        from transformers.models.gpt_oss.modeling_gpt_oss import GptOssConfig, GptOssExperts
-
-        module = GptOssExperts(
-            GptOssConfig(
-                num_local_experts=shape.num_experts,
-                hidden_size=shape.hidden,
-                intermediate_size=shape.intermediate,
-            )
-        )
-    else:
-        from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHConfig, NemotronHExperts
-
-        module = NemotronHExperts(
-            NemotronHConfig(
-                n_routed_experts=shape.num_experts,
-                hidden_size=shape.hidden,
-                moe_intermediate_size=shape.intermediate,
-                mlp_hidden_act="relu2",
-            )
-        )
-    for parameter in module.parameters():
-        parameter.data = torch.randn_like(parameter, dtype=torch.bfloat16).mul_(0.02)
-    module.config._experts_implementation = "grouped_mm"
-    return module
+    ms = graph_milliseconds(lambda: a @ b, calls=2)  # as short as the parts: power limits the clock after 50 ms
+    return ms, 2 * 8192**3 / ms / 1e9
 
 
 def _random_inputs(shape: LayerShape) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -175,8 +113,10 @@ def _random_inputs(shape: LayerShape) -> tuple[torch.Tensor, torch.Tensor, torch
     return x, index, weights, torch.randn_like(x)
 
 
-def _bench_parts(name: str, module: torch.nn.Module, limits: dict[str, tuple[float, float, str]]) -> list[Row]:
-    shape, weights, activation = SHAPES[name], expert_weights(module), recognise_activation_of(module)
+def _bench_parts(
+    name: str, shape: LayerShape, module: torch.nn.Module, limits: dict[str, tuple[float, float, str]]
+) -> list[Row]:
+    weights, activation = expert_weights(module), recognise_activation_of(module)
     x, index, top_k_weights, _ = _random_inputs(shape)
     routing = route_sort(index, shape.num_experts)
     rows, row_weights = permute_rows(x, top_k_weights, routing.row_TK, index.numel())
@@ -247,10 +187,14 @@ def recognise_activation_of(module: torch.nn.Module) -> Activation:
 
 
 def _bench_layer(
-    name: str, module: torch.nn.Module, limits: dict[str, tuple[float, float, str]], against_transformers: bool
+    name: str,
+    shape: LayerShape,
+    module: torch.nn.Module,
+    limits: dict[str, tuple[float, float, str]],
+    against_transformers: bool,
 ) -> list[Row]:
     """Forward and backward of the whole layer: eager and as a CUDA graph, ours and Transformers' grouped_mm."""
-    shape, weights, activation = SHAPES[name], expert_weights(module), recognise_activation_of(module)
+    weights, activation = expert_weights(module), recognise_activation_of(module)
     x, index, top_k_weights, grad = _random_inputs(shape)
     x.requires_grad_()
     top_k_weights.requires_grad_()
@@ -291,29 +235,3 @@ def _memory_row(name: str, system: str, forward: Callable[[], torch.Tensor], ste
     step()
     peak = (torch.cuda.max_memory_allocated() - before) / 1e6
     return Row(name, f"layer kept for backward (of peak), {system}", 0.0, kept, "MB", kept / peak)
-
-
-def format_table(rows: Sequence[Row]) -> str:
-    lines = [f"{'shape':<19}{'part':<48}{'ms':>9}{'rate':>9} {'':<8}{'share':>7}"]
-    for row in rows:
-        lines.append(
-            f"{row.shape:<19}{row.part:<48}{row.ms:>9.4f}{row.rate:>9.0f} {row.unit:<8}{100 * row.share:>6.0f}%"
-        )
-    return "\n".join(lines)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
-    parser.add_argument("--against", choices=["transformers"])
-    parser.add_argument("--json", type=Path, help="write the rows there as well")
-    args = parser.parse_args()
-    rows = bench_kernels(args.shapes, args.against == "transformers")
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
-    print(format_table(rows))
-    if args.json:
-        args.json.write_text(json.dumps([asdict(row) for row in rows], indent=1), encoding="utf-8")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,144 +1,160 @@
-"""Tokens per second of a training step at a published model's real shape, with random weights made on the GPUs.
+"""The time and memory of a training step, by the method of NVIDIA's published comparison.
 
-    torchrun --nproc-per-node 8 -m moetrain.bench.step qwen3-30b-a3b [--batch 1] [--gate learned] [--layers N]
-
-The method of NVIDIA's published comparison: TPS per GPU = tokens / (forward + loss + backward), mean of the timed steps
-after the warm-up, the optimizer outside the time but run, so that its states count in the memory.
+TPS per GPU = tokens / (forward + loss + backward), the mean of the timed steps after the warm-up. The optimizer runs,
+so that its states count in the memory, and is timed apart. Each rank starts its clock when its GPU is idle; times are
+means over ranks. A step whose rows did not fit and that is run again counts with all its runs.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
+import contextlib
 import time
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import torch
-import torch.distributed as dist
-from transformers import AutoConfig, PretrainedConfig
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from moetrain import mesh
-from moetrain.auto import AutoModelForCausalLM
-from moetrain.config import OptimConfig
-from moetrain.loss import install_loss
-from moetrain.moe.balance import LoadStats
-from moetrain.moe.layer import ep_implementation
-from moetrain.moe.router import set_gate
-from moetrain.optim import build_optimizer, clip_grad_norm
-from moetrain.parallelize import checkpoint_activations
-
-SHAPES: dict[str, dict[str, Any]] = {
-    "qwen3-30b-a3b": {
-        "model_type": "qwen3_moe", "vocab_size": 151936, "hidden_size": 2048, "num_hidden_layers": 48,
-        "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128, "intermediate_size": 6144,
-        "moe_intermediate_size": 768, "num_experts": 128, "num_experts_per_tok": 8, "norm_topk_prob": True,
-        "max_position_embeddings": 40960, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
-    },
-    "tiny": {
-        "model_type": "qwen3_moe", "vocab_size": 512, "hidden_size": 64, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "intermediate_size": 64,
-        "moe_intermediate_size": 32, "num_experts": 8, "num_experts_per_tok": 2,
-    },
-}  # fmt: skip
-"""Configurations of the published models; `tiny` is for trying this script on a CPU."""
+from moetrain.moe.balance import Load, LoadStats
 
 
-def bench_step(config: PretrainedConfig, args: argparse.Namespace) -> dict[str, Any]:
-    """Time the steps; one result, the same on every rank."""
-    device, world = mesh.device(), mesh.world_size()
-    torch.manual_seed(0)
-    layout = mesh.layout(world, args.ep_size or world, 1, ep_implementation(args.dispatch)) if world > 1 else None
-    model = AutoModelForCausalLM.from_config(
-        config, dtype=torch.bfloat16, attn_implementation="sdpa", distributed_config=layout
-    )
-    if layout is None:
-        model.to(device)
-    model.train()
-    install_loss(model)
-    set_gate(model, args.gate)
-    stats = LoadStats.attach(model)
-    checkpoint_activations(model, args.activation_checkpointing)
-    optimizer = build_optimizer(model, OptimConfig(lr=1e-6, states="bf16_stochastic"))
+@dataclass
+class Subject:
+    """A model whose step is timed."""
 
+    model: PreTrainedModel
+    passes: Callable[[dict[str, Tensor]], Tensor]
+    """Forward, loss and backward of one batch; the loss, detached, on the device."""
+    overflowed: Callable[[], bool]
+    """Whether the gradients are not exact and the batch must be run again; one read on the host."""
+    update: Callable[[], None]
+    """From the gradients to new parameters."""
+    status: Callable[[], str]
+    """How the passes run, for people; begins with `captured` where forward and backward are one graph."""
+    stats: LoadStats
+    counts_always: bool
+    """Whether the step counts the experts' load, as the trainer's does; otherwise only the warm-up is counted."""
+
+
+@dataclass
+class Timings:
+    """Of the timed steps on this rank, in seconds, one entry a step."""
+
+    forward_backward: list[float] = field(default_factory=list)
+    forward: list[float] = field(default_factory=list)
+    """Empty where forward and backward are one graph."""
+    host: list[float] = field(default_factory=list)
+    """Until the host has issued forward and backward."""
+    optimizer: list[float] = field(default_factory=list)
+    redone: int = 0
+    """Runs again of steps that overflowed."""
+    loss: float = 0.0
+    """Of the last step."""
+    load: Load | None = None
+    """Of the last step that was counted, all ranks."""
+
+
+def random_batches(vocab_size: int, rows: int, seq_len: int, steps: int) -> list[dict[str, Tensor]]:
+    """Random tokens on this rank's device, another batch for each step and rank, all of them labels."""
     generator = torch.Generator().manual_seed(mesh.rank())
-    ids = torch.randint(config.vocab_size, (args.batch, args.seq_len), generator=generator).to(device)
-    times: dict[str, list[float]] = {"forward": [], "backward": [], "optimizer": []}
-    for step in range(args.warmup + args.steps):
-        marks = [_now(device)]
-        loss = model(input_ids=ids, labels=ids, use_cache=False).loss
-        marks.append(_now(device))
-        loss.backward()
-        marks.append(_now(device))
-        clip_grad_norm(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        marks.append(_now(device))
-        if step >= args.warmup:
-            for name, start, end in zip(times, marks, marks[1:], strict=False):
-                times[name].append(end - start)
-    load = stats.read()
-    seconds = {name: _mean_over_ranks(sum(values) / len(values), device) for name, values in times.items()}
-    tokens = args.batch * args.seq_len
-    timed = seconds["forward"] + seconds["backward"]
-    return {
-        "model": args.model,
-        "gpu": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
-        "torch": torch.__version__,
-        "world": world,
-        "tokens_per_gpu": tokens,
-        "gate": args.gate,
-        "dispatch": args.dispatch,
-        "activation_checkpointing": args.activation_checkpointing,
-        "tps_per_gpu": tokens / timed,
-        "tps_per_gpu_with_optimizer": tokens / (timed + seconds["optimizer"]),
-        **{f"{name}_ms": 1e3 * value for name, value in seconds.items()},
-        "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else 0.0,
-        "load_max_over_mean": load.max_over_mean,
-        "loss": loss.item(),
-    }
+    ids = torch.randint(vocab_size, (steps, rows, seq_len), generator=generator).to(mesh.device())
+    return [{"input_ids": batch, "labels": batch} for batch in ids]
 
 
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
+def time_steps(subject: Subject, batches: Sequence[dict[str, Tensor]], warmup: int) -> Timings:
+    """Run a step on each batch; the first `warmup` are not timed."""
+    clock, load = Clock(subject.model.device), None
+    for batch in batches[:warmup]:
+        _run_step(subject, batch, clock, Timings())
+        load = subject.stats.read()
+    timings = Timings(load=load)
+    with contextlib.ExitStack() as stack:
+        if not subject.counts_always:
+            stack.enter_context(subject.stats.paused())
+        if not subject.status().startswith("captured"):
+            hook = subject.model.register_forward_hook(lambda *_: clock.mark_forward())
+            stack.callback(hook.remove)
+        for batch in batches[warmup:]:
+            _run_step(subject, batch, clock, timings)
+            if subject.counts_always:
+                timings.load = subject.stats.read()
+    return timings
 
 
-def _mean_over_ranks(value: float, device: torch.device) -> float:
-    if not dist.is_initialized():
-        return value
-    tensor = torch.tensor(value, dtype=torch.float64, device=device)
-    dist.all_reduce(tensor)
-    return tensor.item() / dist.get_world_size()
+def run_passes(
+    subject: Subject, batch: dict[str, Tensor], issued: Callable[[], None] = lambda: None
+) -> tuple[Tensor, int]:
+    """Exact gradients of one batch, as the trainer gets them.
+
+    Args:
+        issued: called when the host has issued the first run, before it waits for anything.
+
+    Returns:
+        The loss on the device, and how often the batch was run again.
+    """
+    redone, loss = 0, subject.passes(batch)
+    issued()
+    while subject.overflowed():
+        subject.stats.discard()
+        redone, loss = redone + 1, subject.passes(batch)
+    return loss, redone
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", choices=sorted(SHAPES))
-    parser.add_argument("--batch", type=int, default=1, help="sequences per GPU")
-    parser.add_argument("--seq-len", type=int, default=4096)
-    parser.add_argument("--layers", type=int, help="fewer layers than the model has")
-    parser.add_argument("--gate", choices=("learned", "random", "sequential"), default="learned")
-    parser.add_argument("--dispatch", default="auto")
-    parser.add_argument("--ep-size", type=int, help="default: all ranks")
-    parser.add_argument("--activation-checkpointing", choices=("none", "full", "selective"), default="none")
-    parser.add_argument("--warmup", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=10)
-    args = parser.parse_args()
-    shape = SHAPES[args.model] | ({"num_hidden_layers": args.layers} if args.layers else {})
-    device = mesh.device()
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    if mesh.world_size() > 1:
-        dist.init_process_group(
-            "nccl" if device.type == "cuda" else "gloo", device_id=device if device.type == "cuda" else None
-        )
-    result = bench_step(AutoConfig.for_model(**shape), args)
-    if mesh.rank() == 0:
-        print(json.dumps(result))
-    if dist.is_initialized():
-        dist.destroy_process_group()
+def _run_step(subject: Subject, batch: dict[str, Tensor], clock: Clock, timings: Timings) -> None:
+    clock.start()
+    loss, redone = run_passes(subject, batch, clock.mark_issued)
+    timings.forward_backward.append(clock.stop())
+    timings.host.append(clock.issued)
+    if clock.forward is not None:
+        timings.forward.append(clock.forward)
+    timings.redone += redone
+    timings.loss = loss.item()
+    clock.start()
+    subject.update()
+    timings.optimizer.append(clock.stop())
 
 
-if __name__ == "__main__":
-    main()
+class Clock:
+    """Seconds of work from an idle device to an idle device, and when its parts ended."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.on_gpu = device.type == "cuda"
+        self.issued = 0.0
+        """When the host was done, counted from the start."""
+        self.forward: float | None = None
+        """When the device was done with the first forward, counted from the start; None if nothing said so."""
+        self._events = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if self.on_gpu else []
+        self._begin = 0.0
+        self._marked = False
+
+    def start(self) -> None:
+        self._wait()
+        self.forward, self._marked = None, False
+        if self.on_gpu:
+            self._events[0].record()
+        self._begin = time.perf_counter()
+
+    def mark_issued(self) -> None:
+        self.issued = time.perf_counter() - self._begin
+
+    def mark_forward(self) -> None:
+        if self._marked:
+            return
+        self._marked = True
+        if self.on_gpu:
+            self._events[1].record()  # no wait: the host goes on to issue the backward
+        else:
+            self.forward = time.perf_counter() - self._begin
+
+    def stop(self) -> float:
+        self._wait()
+        seconds = time.perf_counter() - self._begin
+        if self._marked and self.on_gpu:
+            self.forward = self._events[0].elapsed_time(self._events[1]) / 1e3
+        return seconds
+
+    def _wait(self) -> None:
+        if self.on_gpu:
+            torch.cuda.synchronize()

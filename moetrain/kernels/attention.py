@@ -50,6 +50,13 @@ def attend(
         sinks_H: one more logit of each head, any float type.
     """
     size = v_BSGV.shape[-1]
+    if backend == "cudnn" and sinks_H is None:
+        # torch's own operator and derivative: its compiler knows the strides, and copies nothing before or after it
+        tensors = (tensor.transpose(1, 2) for tensor in (q_BSHD, k_BSGD, v_BSGV))
+        plain: Tensor = aten._scaled_dot_product_cudnn_attention(
+            *tensors, None, torch.is_grad_enabled(), 0.0, True, False, scale=scale
+        )[0]
+        return plain.transpose(1, 2)
     if backend == "flash" and size < q_BSHD.shape[-1]:  # the kernel has one size for keys and values
         v_BSGV = F.pad(v_BSGV, (0, q_BSHD.shape[-1] - size))
     out: Tensor = _attention_op(q_BSHD, k_BSGD, v_BSGV, sinks_H, cu_seqlens, scale, window, backend)[0]

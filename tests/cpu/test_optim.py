@@ -1,7 +1,10 @@
 from __future__ import annotations
 
-import copy
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,12 +17,17 @@ from moetrain.optim import (
     Quantiser,
     build_optimizer,
     build_scheduler,
+    clip_factor,
     clip_grad_norm,
+    keep_settings,
     quantised_block,
     stochastic_round_,
 )
+from moetrain.optim.reference import adamw_ref
+from tests import optim_cases as cases
 
-STATES = ["fp32", "master", "bf16_stochastic", "8bit"]
+STATES = cases.STATES
+ROOT = Path(__file__).parents[2]
 
 
 def small_model(dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -53,6 +61,54 @@ def reference_adamw(
             update = (exp_avgs[i] / (1 - beta1**step)) / ((exp_avg_sqs[i] / (1 - beta2**step)).sqrt() + config.eps)
             values[i] = values[i] * (1 - config.lr * decays[i]) - config.lr * update
     return values
+
+
+def test_kernels_under_the_interpreter() -> None:
+    """Which must be switched on before Triton is imported."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    result = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/cpu/interpreted_optim.py"],
+        cwd=ROOT,
+        env={**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-2000:]
+
+
+@pytest.mark.parametrize(("states", "dtype"), [(s, cases.dtype_for(s)) for s in STATES] + [("8bit", torch.float32)])
+def test_each_update(states: str, dtype: torch.dtype) -> None:
+    cases.check_updates(states, dtype, "cpu")
+
+
+@pytest.mark.parametrize("states", STATES)
+def test_parameters_with_gaps(states: str) -> None:
+    """A transposed one and every second column, as their copies without gaps; what is between stays."""
+    room = torch.randn(64, 128, dtype=cases.dtype_for(states))
+    strided = [nn.Parameter(room.clone().t()), nn.Parameter(room[:, ::2])]
+    between = room[:, 1::2].clone()
+    dense = [nn.Parameter(p.detach().clone(memory_format=torch.contiguous_format)) for p in strided]
+    for parameters in (strided, dense):
+        optimizer = cases.AdamW([{"params": parameters}], 1e-2, cases.BETAS, cases.EPS, states)
+        for seed in range(3):
+            torch.manual_seed(seed)
+            for p in parameters:
+                p.grad = torch.randn(p.shape).to(p)
+            optimizer.step()
+    for p, q in zip(strided, dense, strict=True):
+        assert torch.equal(p, q)
+    assert torch.equal(room[:, 1::2], between)
+
+
+def test_factor_in_the_step_is_scaling_before_it() -> None:
+    cases.check_clipping("cpu")
+    assert clip_factor(torch.tensor(3.0), None) is None
+    assert clip_factor(torch.tensor(3.0), 4.0).item() == 1
+
+
+def test_sum_of_squares() -> None:
+    cases.check_sum_of_squares("cpu")
 
 
 @pytest.mark.parametrize("states", ["fp32", "master"])
@@ -92,6 +148,10 @@ def test_stochastic_rounding_is_unbiased_and_between_neighbours() -> None:
     exact = torch.randn(100).bfloat16()
     stochastic_round_(target[:100], exact.float(), torch.Generator())
     assert torch.equal(target[:100], exact)
+    stochastic_round_(
+        target[:2], torch.tensor([0x7FFFFFFF, -1], dtype=torch.int32).view(torch.float32), torch.Generator()
+    )
+    assert target[:2].isnan().all()
 
 
 def test_bf16_stochastic_takes_updates_that_nearest_rounding_loses() -> None:
@@ -129,6 +189,22 @@ def test_stochastic_rounding_differs_between_updates_parameters_and_runs_alike()
     assert torch.equal(first, run()[0]) and torch.equal(second, run()[1])
 
 
+@torch.no_grad()
+def test_plain_rounding_is_new_in_each_update_parameter_and_shard() -> None:
+    """Torch's generator on CPUs takes the lower 32 bits of a seed: those of large numbers must not be lost."""
+
+    def averages(updates: int, number: int, shard: int) -> bytes:
+        slot = cases.bf16_slot(torch.full((64,), 1 + 2**-8), number, shard)
+        adamw_ref([slot], 0.0, (0.0, 0.0), 1.0, 0.0, None, None, updates)
+        return slot.exp_avg.view(torch.uint8).numpy().tobytes()
+
+    seen = {
+        averages(updates, number, shard) for updates in (1, 2, 4097, 2**20) for number in range(9) for shard in (0, 7)
+    }
+    assert len(seen) == 4 * 9 * 2
+    assert averages(2, 3, 7) in seen
+
+
 @pytest.mark.parametrize("signed", [True, False])
 def test_quantiser_matches_torchao(signed: bool) -> None:
     value = torch.randn(6, 5, 512) * 10.0 ** torch.randint(-8, 8, (6, 5, 2)).repeat_interleave(256, -1)
@@ -142,6 +218,18 @@ def test_quantiser_matches_torchao(signed: bool) -> None:
     assert (codes != theirs.codes).float().mean() < 1e-3
     torch.testing.assert_close(scale.view(-1), theirs.scale)
     torch.testing.assert_close(mine.read(theirs.codes, theirs.scale.view_as(scale)), theirs.dequantize())
+
+
+@pytest.mark.parametrize("signed", [True, False])
+def test_codebook_finds_the_nearest_code(signed: bool) -> None:
+    """By one look at the upper bits and one comparison: around all boundaries, for tiny numbers, zeros and NaN."""
+    book = Quantiser(signed, torch.device("cpu")).codebook
+    between = book.between[:-1]
+    value = torch.cat([between, between.nextafter(between + 1), between.nextafter(between - 1), torch.rand(10**6)])
+    value = torch.cat([value, -value, torch.rand(100) * 1e-7, torch.tensor([0.0, -0.0, 1.0, -1.0, math.nan])])
+    below = book.first[(value.view(torch.int32) >> 16) & 0xFFFF].int()
+    code = below + (value > book.between[below])
+    assert torch.equal(code, torch.bucketize(value, between, out_int32=True))
 
 
 def test_8bit_follows_torchaos_adam() -> None:
@@ -224,25 +312,20 @@ def test_decay_is_for_matrices_of_an_expert_and_not_for_embeddings() -> None:
 
 @pytest.mark.parametrize("states", STATES)
 def test_saved_state_continues_bit_equal(states: str) -> None:
-    model = small_model(dtype_for(states))
-    config = OptimConfig(lr=1e-3, weight_decay=0.1, states=states)
-    optimizer = build_optimizer(model, config)
-    for step in range(3):
-        set_grads(model, step)
-        optimizer.step()
-    other = small_model(dtype_for(states))
-    other.load_state_dict(model.state_dict())
-    resumed = build_optimizer(other, config.model_copy(update={"lr": 1.0}))
-    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    for step in range(3, 6):
-        set_grads(model, step)
-        set_grads(other, step)
-        optimizer.step()
-        resumed.step()
-    for mine, theirs in zip(model.parameters(), other.parameters(), strict=True):
-        assert torch.equal(mine, theirs)
-        for name, tensor in optimizer.state[mine].items():
-            assert torch.equal(tensor, resumed.state[theirs][name]), name
+    cases.check_resume(states, "cpu")
+
+
+def test_count_of_updates_comes_from_the_checkpoint_and_settings_from_the_run() -> None:
+    """The plain path's random bits depend on the count."""
+    saved = build_optimizer(small_model(), OptimConfig(lr=1e-3))
+    for _ in range(3):
+        saved.step()
+    optimizer = build_optimizer(small_model(), OptimConfig(lr=1e-2, betas=(0.5, 0.6)))
+    scheduler = build_scheduler(optimizer, OptimConfig(warmup_steps=0), 10)
+    with keep_settings(optimizer, scheduler):
+        optimizer.load_state_dict(saved.state_dict())
+    for group in optimizer.param_groups:
+        assert (group["updates"], group["betas"], group["lr"]) == (3, (0.5, 0.6), 1e-2)
 
 
 def test_state_of_another_kind_is_refused() -> None:

@@ -138,7 +138,7 @@ def test_kernel_by_its_name(name: str, kernel: str) -> None:
     forward = kernel_names(lambda: as_transformers_calls(problem, leaves))
     both = kernel_names(lambda: torch.autograd.grad(as_transformers_calls(problem, leaves), leaves, grad))
     forward_name, backward_name = {"cudnn": ("cudnn", "bprop"), "flash": ("flash_fwd", "flash_bwd")}[kernel]
-    assert sum(forward_name in name for name in forward) == 1, forward
+    assert any(forward_name in name for name in forward), forward
     assert any(backward_name in name for name in both), both
     other = "flash_fwd" if kernel == "cudnn" else "cudnn"
     assert not any(word in name.lower() for name in both for word in (other, "gemm", "softmax")), both

@@ -20,7 +20,7 @@ def test_exchange_and_layer(sizes: tuple[int, int, int, int]) -> None:
     tokens, hidden, intermediate, top_k = sizes
     ranks = min(torch.cuda.device_count(), 8)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    command += ["-m", "moetrain.bench.dispatch", "--tokens", str(tokens), "--hidden", str(hidden)]
+    command += ["-m", "moetrain", "bench", "dispatch", "--tokens", str(tokens), "--hidden", str(hidden)]
     command += ["--intermediate", str(intermediate), "--experts", str(4 * ranks), "--top-k", str(top_k)]
     result = subprocess.run(
         command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=200

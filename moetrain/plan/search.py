@@ -1,0 +1,313 @@
+"""The layouts of a run that fit its GPUs, the fastest first; and what to change when none does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from moetrain import families, mesh
+from moetrain.config import RunConfig
+from moetrain.plan import constants
+from moetrain.plan.constants import GPUS, Gpu
+from moetrain.plan.goodput import Goodput, goodput_of
+from moetrain.plan.memory import Layout, Memory, memory_of, units_of
+from moetrain.plan.shapes import find_config, meta_builder
+from moetrain.plan.standins import DISPATCHERS
+from moetrain.plan.step_time import StepTime, time_of
+from moetrain.plan.trace import Step, StepTrace, trace_step
+
+BATCHES = (1, 2, 4, 8)
+CHECKPOINTING = ("none", "selective", "full")
+WORTH_A_BATCH = 1.01
+"""A larger batch that gains less is not looked for."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where a run would go."""
+
+    nodes: int
+    gpus_per_node: int = 8
+    gpu: str = "h100-80gb"
+    storage_gb_s: float = constants.STORAGE_GB_S
+    restart_seconds: float = constants.RESTART_SECONDS
+
+    @property
+    def kind(self) -> Gpu:
+        return GPUS[self.gpu]
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What is fixed; None is chosen by the plan."""
+
+    ep: int | None = None
+    replicas: int | None = None
+    batch: int | None = None
+    checkpointing: str | None = None
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way to run, and what it takes."""
+
+    layout: Layout
+    step: Step
+    captured: bool
+    memory: Memory
+    time: StepTime
+    fits: bool
+
+
+@dataclass(frozen=True)
+class Change:
+    """One change to a run that does not fit, and the least memory it would take then."""
+
+    what: str
+    candidate: Candidate
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `moetrain plan` says."""
+
+    config: RunConfig
+    machine: Machine
+    parameters: int
+    fitting: list[Candidate]
+    """The fastest first, and no more than were asked for."""
+    smallest: Candidate
+    """Of all that were looked at, the one with the least memory."""
+    own: Candidate | None
+    """As the configuration says, fitting or not; None where the choices contradict it."""
+    changes: list[Change]
+    """Where nothing fits."""
+    goodput: Goodput
+    loss: str
+
+    @property
+    def best(self) -> Candidate:
+        return self.fitting[0] if self.fitting else self.smallest
+
+
+def make_plan(
+    config: RunConfig,
+    machine: Machine,
+    choices: Choices = Choices(),  # noqa: B008 - it is immutable
+    top: int = 5,
+    progress: Callable[[str], None] = lambda text: None,
+) -> Plan:
+    """Look at every layout of a run on a machine.
+
+    Args:
+        top: so many of those that fit are wanted.
+        progress: called with a line when something that takes a second begins.
+
+    Raises:
+        ValueError: an unknown GPU, sizes that do not divide ranks or experts, or a model that cannot be planned.
+    """
+    if machine.gpu not in GPUS:
+        raise ValueError(f"unknown GPU {machine.gpu!r}; valid: {', '.join(GPUS)}")
+    planner = Planner(config, machine, progress=progress)
+    found = list(planner.candidates(choices))
+    fitting = list(planner.confirmed(found, top))
+    smallest = planner.exact(min(found, key=lambda c: c.memory.needed))
+    best = fitting[0] if fitting else smallest
+    return Plan(
+        config=config,
+        machine=machine,
+        parameters=planner.parameters,
+        fitting=fitting,
+        smallest=smallest,
+        own=planner.own(choices),
+        changes=[] if fitting else list(_changes(planner, choices))[:3],
+        goodput=goodput_of(planner.units, best.layout, machine.storage_gb_s, machine.restart_seconds),
+        loss=planner.trace(best.step).loss,
+    )
+
+
+class Planner:
+    """A model on a machine: traces are made once for each step, and serve every layout."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        machine: Machine,
+        traces: dict[Step, StepTrace] | None = None,
+        progress: Callable[[str], None] = lambda text: None,
+    ) -> None:
+        self.config, self.machine, self.progress = config, machine, progress
+        self.build = meta_builder(find_config(config.model), config.model)
+        model = self.build()
+        self.parameters = model.num_parameters()
+        self.units = units_of(model, config.optim)
+        self.num_experts = _expert_counts(model)
+        self.traces = {} if traces is None else traces
+
+    def trace(self, step: Step) -> StepTrace:
+        if step not in self.traces:
+            self.progress(f"tracing {step.batch} x {step.seq_len:,} tokens, {step.dispatch}, recompute {step.checkpointing}")
+            self.traces[step] = trace_step(self.build, step)
+        return self.traces[step]
+
+    def estimate(self, step: Step) -> StepTrace:
+        """The trace of a step, or what that of one row says about it."""
+        return self.traces[step] if step in self.traces else self.trace(replace(step, batch=1)).scaled(step.batch)
+
+    def evaluate(self, layout: Layout, batch: int, checkpointing: str, exact: bool = True) -> Candidate:
+        config, gpu = self.config, self.machine.kind
+        dispatch = dispatch_of(config, layout)
+        step = Step(
+            batch=batch,
+            seq_len=config.data.seq_len,
+            checkpointing=checkpointing,
+            dispatch=dispatch,
+            rows_over_mean=constants.CAPACITY if dispatch == "nvlink" else 1.0,
+            packed=config.data.packing and config.data.document_mask,
+            loss=config.train.loss,
+            kernels=config.model.kernels,
+            compiled=config.train.compile != "off",
+        )
+        trace = self.trace(step) if exact else self.estimate(step)
+        passes, keep = config.train.grad_accum, config.parallel.keep_gathered
+        captured = dispatch != "alltoall" and config.train.cuda_graph != "off"
+        memory = memory_of(trace, self.units, layout, gpu_bytes=gpu.memory_bytes, passes=passes, keep=keep)
+        time = time_of(trace, self.units, layout, gpu, passes=passes, keep=keep, captured=captured)
+        return Candidate(layout, step, captured, memory, time, memory.needed <= gpu.memory_bytes)
+
+    def candidates(self, choices: Choices) -> Iterator[Candidate]:
+        """Every way to run, up to the first batch that fits nowhere or is hardly faster than the one before."""
+        by_dispatch: dict[str, list[Layout]] = {}
+        for layout in self.layouts(choices):
+            by_dispatch.setdefault(dispatch_of(self.config, layout), []).append(layout)
+        for dispatch, layouts in by_dispatch.items():
+            for checkpointing in [choices.checkpointing] if choices.checkpointing else CHECKPOINTING:
+                if dispatch == "local" and checkpointing == "selective" and not choices.checkpointing:
+                    continue  # nothing is received that could be kept
+                fastest = 0.0
+                for batch in [choices.batch] if choices.batch else BATCHES:
+                    found = [self.evaluate(layout, batch, checkpointing, exact=False) for layout in layouts]
+                    yield from found
+                    before, fastest = fastest, max((c.time.tokens_per_second for c in found if c.fits), default=0.0)
+                    if fastest < WORTH_A_BATCH * before or not fastest:
+                        break
+
+    def exact(self, candidate: Candidate) -> Candidate:
+        """The same with a trace of its own."""
+        return self.evaluate(candidate.layout, candidate.step.batch, candidate.step.checkpointing)
+
+    def confirmed(self, candidates: Sequence[Candidate], top: int) -> Iterator[Candidate]:
+        """The fastest `top` that fit, each traced as it is."""
+        estimated = sorted((c for c in candidates if c.fits), key=lambda c: -c.time.tokens_per_second)
+        exact = (self.exact(candidate) for candidate in estimated)
+        found = list(islice((candidate for candidate in exact if candidate.fits), top))
+        yield from sorted(found, key=lambda c: -c.time.tokens_per_second)
+
+    def smallest(self, choices: Choices) -> Candidate:
+        """The way to run that takes the least memory."""
+        batch, checkpointing = choices.batch or 1, choices.checkpointing or "full"
+        found = (self.evaluate(layout, batch, checkpointing) for layout in self.layouts(choices))
+        return min(found, key=lambda candidate: candidate.memory.needed)
+
+    def own(self, choices: Choices) -> Candidate | None:
+        """The configuration's own way, if it is among the choices."""
+        parallel, data, model = self.config.parallel, self.config.data, self.config.model
+        own = Choices(parallel.ep_size, parallel.dp_replicate_size, data.batch_size, model.activation_checkpointing)
+        if any(choice not in (None, mine) for choice, mine in zip(_values(choices), _values(own), strict=True)):
+            return None
+        [layout] = self.layouts(own)
+        return self.evaluate(layout, data.batch_size, model.activation_checkpointing)
+
+    def layouts(self, choices: Choices) -> list[Layout]:
+        """Layouts whose sizes divide; replicas hold whole nodes unless they are chosen otherwise.
+
+        Raises:
+            ValueError: a chosen size does not divide; the message lists those that do.
+        """
+        nodes, gpus = self.machine.nodes, self.machine.gpus_per_node
+        world = nodes * gpus
+        found = []
+        for replicas in [choices.replicas] if choices.replicas else _divisors(nodes):
+            fsdp = mesh.layout(world, 1, replicas).fsdp_size
+            for ep in [choices.ep] if choices.ep else _divisors(fsdp):
+                if choices.ep and (choices.replicas or replicas == 1):
+                    mesh.layout(world, ep, replicas)
+                    for count in self.num_experts:
+                        mesh.check_ep_divides(count, ep, fsdp)
+                if fsdp % ep == 0 and all(count % ep == 0 for count in self.num_experts):
+                    found.append(Layout(nodes, gpus, ep, replicas))
+        return found
+
+
+def dispatch_of(config: RunConfig, layout: Layout) -> str:
+    """The dispatcher that a run takes under a layout.
+
+    Raises:
+        ValueError: one that a plan does not know, or that cannot serve the layout.
+    """
+    wanted, across = config.model.dispatch, layout.gpus_per_node % layout.ep != 0
+    if layout.ep == 1:
+        return "local"
+    if wanted in ("auto", "local"):
+        return "alltoall" if across else "nvlink"
+    if wanted not in DISPATCHERS:
+        raise ValueError(f"a plan does not know model.dispatch={wanted}; it knows auto, {', '.join(DISPATCHERS)}")
+    if wanted == "nvlink" and across:
+        raise ValueError(
+            f"model.dispatch=nvlink needs expert groups within a node, but ep_size {layout.ep} spans nodes of "
+            f"{layout.gpus_per_node} GPUs; set model.dispatch=auto"
+        )
+    return wanted
+
+
+def _changes(planner: Planner, choices: Choices) -> Iterator[Change]:
+    """Changes to a run that fits nowhere: those that make it fit first, in the order of what they cost."""
+    config, machine = planner.config, planner.machine
+    found: list[Change] = []
+
+    def look(what: str, changed: RunConfig, where: Machine = machine, chosen: Choices = choices) -> None:
+        same_model = changed.data.seq_len == config.data.seq_len
+        other = Planner(changed, where, planner.traces if same_model else None, planner.progress)
+        found.append(Change(what, other.smallest(chosen)))
+
+    if choices.checkpointing not in (None, "full"):
+        look("activation checkpointing: full", config, chosen=replace(choices, checkpointing="full"))
+    if (choices.batch or 1) > 1:
+        look("batch: 1", config, chosen=replace(choices, batch=1))
+    if choices.ep is not None:
+        look("ep: auto", config, chosen=replace(choices, ep=None))
+    for states in ("bf16_stochastic", "8bit"):
+        if config.model.dtype == "bfloat16" and config.optim.states not in (states, "8bit"):
+            look(f"optim.states: {states}", _with(config, "optim", states=states))
+    look(f"data.seq_len: {config.data.seq_len // 2:,}", _with(config, "data", seq_len=config.data.seq_len // 2))
+    larger = [name for name, gpu in GPUS.items() if gpu.memory_bytes > machine.kind.memory_bytes]
+    for name in larger[:1]:
+        look(f"GPU: {name}", config, replace(machine, gpu=name))
+    for times in (2, 4):
+        look(f"nodes: {machine.nodes * times}", config, replace(machine, nodes=machine.nodes * times))
+    fitting = [change for change in found if change.candidate.fits]
+    others = [change for change in found if not change.candidate.fits]
+    yield from fitting
+    yield from sorted(others, key=lambda change: change.candidate.memory.needed)
+
+
+def _with(config: RunConfig, section: str, **values: Any) -> RunConfig:
+    return config.model_copy(update={section: getattr(config, section).model_copy(update=values)})
+
+
+def _expert_counts(model: PreTrainedModel) -> set[int]:
+    """Experts of a layer; {1} where they cannot be spread."""
+    modules: list[Any] = [module for _, module in families.experts_modules(model)]
+    return {module.num_experts for module in modules} or {1}
+
+
+def _values(choices: Choices) -> Sequence[Any]:
+    return choices.ep, choices.replicas, choices.batch, choices.checkpointing
+
+
+def _divisors(number: int) -> list[int]:
+    return [size for size in range(1, number + 1) if number % size == 0]

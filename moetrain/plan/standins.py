@@ -1,0 +1,371 @@
+"""What a step on a GPU keeps and computes, for the meta device, where its kernels do not run.
+
+A trace (`trace.py`) runs the model's own forward and backward on tensors without memory. Torch's operators and this
+package's know there what they would return, so this package's attention, Mamba-2, experts, loss and dispatchers run as
+they are, told that they are on a Hopper GPU. What is missing is filled in here, and keeps what the kernels keep:
+
+    attention            where this package's does not apply, torch's flash kernel, or its memory-efficient one
+    recurrent layers     beside Mamba-2 the packages mamba_ssm, causal_conv1d and fla
+    loss                 Liger's kernel
+    dispatch             what other ranks send: each rank gets the rows that it gets on average
+
+Shapes as in `moetrain.moe.dispatch.base`: T tokens, K choices, R rows of this rank's experts, H hidden, W ranks,
+S = W*T tokens of all ranks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from transformers import PreTrainedModel
+
+import moetrain.attention as attention
+import moetrain.backends.attention as attention_backends
+import moetrain.backends.mamba as mamba
+import moetrain.kernels.linear_cross_entropy as head
+import moetrain.kernels.mamba2 as mamba2
+import moetrain.kernels.mamba2_conv as mamba2_conv
+import moetrain.kernels.mamba2_norm as mamba2_norm
+import moetrain.moe.dispatch.alltoall as alltoall
+import moetrain.moe.dispatch.collectives as collectives
+from moetrain.data.isolation import Documents
+from moetrain.kernels import Exchange, Routing, route_sort
+from moetrain.moe.dispatch import Dispatcher, StaticDispatcher
+from moetrain.moe.layer import moe_forward
+from moetrain.plan.constants import NVLINK_RANKS
+from moetrain.plan.operators import scan_flops
+
+
+HOPPER = torch.device("cuda")
+
+
+def use_kernels(model: PreTrainedModel, kernels: str) -> None:
+    """Put this package's attention and Mamba-2 kernels into a model on the meta device, as on a GPU; with `torch` what
+    Transformers takes, which for Mamba-2 are the kernels of mamba_ssm."""
+    if kernels == "torch":
+        return
+    with _patched(
+        (torch.cuda, "is_available", lambda: True),
+        (torch.cuda, "current_device", lambda: 0),
+        (attention, "choose_backend", _choose_on_gpu),
+        (mamba, "triton", object()),
+        (mamba, "_packages", lambda: False),
+        *_GPU_PROPERTIES,
+    ):
+        attention.select_attention(model, kernels)
+        mamba.use_mamba_kernels(model)
+
+
+@contextlib.contextmanager
+def gpu_kernels(model: nn.Module) -> Iterator[None]:
+    """Inside, a model on the meta device keeps and computes what CUDA's kernels would."""
+    modules = {sys.modules[type(part).__module__] for part in model.modules()}
+    recurrent = [(module, name, _RECURRENT[name]) for module in modules for name in _RECURRENT if hasattr(module, name)]
+    with _patched(*_REPLACED, *_GPU_PROPERTIES, *recurrent):
+        yield
+
+
+@contextlib.contextmanager
+def _patched(*replacements: tuple[Any, str, Any]) -> Iterator[None]:
+    with contextlib.ExitStack() as stack:
+        for owner, name, value in replacements:
+            stack.enter_context(patch.object(owner, name, value))
+        yield
+
+
+_choose_backend = attention.choose_backend
+
+
+def _choose_on_gpu(case: attention_backends.Case, kernels: str) -> Any:
+    return _choose_backend(case._replace(device=HOPPER), kernels)
+
+
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """`scaled_dot_product_attention` by the kernel that CUDA would take; the meta device takes the unfused one."""
+    aten = torch.ops.aten
+    if attn_mask is None and value.shape[-1] == query.shape[-1] <= 256:
+        return aten._scaled_dot_product_flash_attention(query, key, value, dropout_p, is_causal, scale=scale)[0]
+    if enable_gqa:
+        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
+    if attn_mask is not None:  # the kernel adds numbers to every head's scores; for the heads a view is enough
+        bias = attn_mask if attn_mask.is_floating_point() else torch.empty_like(attn_mask, dtype=query.dtype)
+        attn_mask = bias.expand(*query.shape[:3], key.shape[2])
+    return aten._scaled_dot_product_efficient_attention(
+        query, key, value, attn_mask, True, dropout_p, is_causal, scale=scale
+    )[0]
+
+
+@torch.library.custom_op("moetrain_plan::kernel", mutates_args=())
+def _kernel_op(
+    inputs: Sequence[Tensor], out: Sequence[int], kept: Sequence[int], scratch: int, scan: int, dense: int
+) -> tuple[Tensor, Tensor]:
+    """A kernel of another package: its result, and one more tensor that it keeps beside its inputs.
+
+    Args:
+        scratch: bytes that it writes besides, in the forward; twice as many in the backward.
+        scan, dense: operations of the forward's scan and of its dense products; twice as many in the backward.
+    """
+    raise AssertionError("only for the meta device")
+
+
+@_kernel_op.register_fake
+def _(inputs, out, kept, scratch, scan, dense):  # type: ignore[no-untyped-def]
+    return inputs[0].new_empty(out), inputs[0].new_empty(kept)
+
+
+@torch.library.custom_op("moetrain_plan::kernel_backward", mutates_args=())
+def _kernel_backward_op(
+    grad: Tensor, inputs: Sequence[Tensor], kept: Tensor, scratch: int, scan: int, dense: int
+) -> list[Tensor]:
+    raise AssertionError("only for the meta device")
+
+
+@_kernel_backward_op.register_fake
+def _(grad, inputs, kept, scratch, scan, dense):  # type: ignore[no-untyped-def]
+    return [torch.empty_like(value) for value in inputs]
+
+
+def _keep(ctx: Any, inputs: Any, output: Any) -> None:
+    tensors, _, _, *ctx.cost = inputs
+    ctx.save_for_backward(output[1], *tensors)
+
+
+def _kernel_backward(ctx: Any, grad: Tensor, _: Any) -> Any:
+    kept, *inputs = ctx.saved_tensors
+    cost = [2 * number for number in ctx.cost]
+    return _kernel_backward_op(grad, inputs, kept, *cost), None, None, None, None, None
+
+
+_kernel_op.register_autograd(_kernel_backward, setup_context=_keep)
+
+
+def kernel(
+    inputs: Sequence[Tensor | None],
+    out: Sequence[int],
+    kept: Sequence[int] = (0,),
+    scratch: int = 0,
+    scan: int = 0,
+    dense: int = 0,
+) -> Tensor:
+    given = [x for x in inputs if x is not None]
+    result: Tensor = _kernel_op(given, list(out), list(kept), scratch, scan, dense)[0]
+    return result
+
+
+def _conv1d(hidden_states: Tensor, weight: Tensor, bias: Tensor | None = None, *_: Any, **__: Any) -> Tensor:
+    return kernel([hidden_states, weight, bias], hidden_states.shape)
+
+
+def _mamba2(
+    zxbcdt: Tensor,
+    conv1d_weight: Tensor,
+    conv1d_bias: Tensor | None,
+    dt_bias: Tensor,
+    A: Tensor,
+    D: Tensor,
+    chunk_size: int,
+    *,
+    outproj_weight: Tensor,
+    ngroups: int,
+    rmsnorm_weight: Tensor | None = None,
+    outproj_bias: Tensor | None = None,
+    **_: Any,
+) -> Tensor:
+    """mamba_ssm's `mamba_split_conv1d_scan_combined`: convolution, scan, norm and output projection. Of what lies
+    between them it keeps the scan's result alone."""
+    tokens = zxbcdt.shape[0] * zxbcdt.shape[1]
+    (width, inner), conv = outproj_weight.shape, conv1d_weight.shape[0]
+    state = (conv - inner) // (2 * ngroups)
+    states = 4 * tokens // chunk_size * inner * state  # fp32
+    scratch = zxbcdt.itemsize * tokens * (conv + inner) + states
+    inputs = [zxbcdt, conv1d_weight, conv1d_bias, dt_bias, A, D, rmsnorm_weight, outproj_weight, outproj_bias]
+    scan, dense = scan_flops(tokens * inner, state, chunk_size), 2 * tokens * inner * width
+    return kernel(inputs, (*zxbcdt.shape[:2], width), (*zxbcdt.shape[:2], inner), scratch, scan, dense)
+
+
+def _mamba2_scan(hidden_states: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, chunk_size: int, **kw: Any) -> Any:
+    batch, length, heads, width = hidden_states.shape
+    states = 4 * batch * -(-length // chunk_size) * heads * width * B.shape[-1]
+    flops = scan_flops(hidden_states.numel(), B.shape[-1], chunk_size)
+    inputs = [hidden_states, dt, A, B, C, kw.get("D"), kw.get("dt_bias")]
+    out = kernel(inputs, hidden_states.shape, hidden_states.shape, states, flops)
+    return (out, None) if kw.get("return_final_states") else out
+
+
+def _mamba1_scan(hidden_states: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, **kw: Any) -> Any:
+    inputs = [hidden_states, dt, A, B, C, kw.get("D"), kw.get("z"), kw.get("delta_bias")]
+    out = kernel(inputs, hidden_states.shape, hidden_states.shape, 0, 9 * hidden_states.numel() * A.shape[-1])
+    return (out, None) if kw.get("return_last_state") else out
+
+
+def _delta_rule(query: Tensor, key: Tensor, value: Tensor, g: Tensor, beta: Tensor, **kw: Any) -> Any:
+    """fla's chunked delta rules, which keep query and key normalised and a 64 x 64 matrix a chunk and head."""
+    batch, length, heads, width = value.shape
+    kept = (query.numel() + key.numel() + batch * length * heads * 64,)
+    flops = scan_flops(value.numel(), key.shape[-1], 64)
+    return kernel([query, key, value, g, beta], value.shape, kept, value.nbytes, flops), None
+
+
+_RECURRENT: dict[str, Callable[..., Any]] = {
+    "causal_conv1d_fn": _conv1d,
+    "mamba2_split_conv1d_scan_combined": _mamba2,
+    "mamba2_chunk_scan": _mamba2_scan,
+    "mamba_selective_scan": _mamba1_scan,
+    "torch_chunk_gated_delta_rule": _delta_rule,
+    "chunk_kimi_delta_attention": _delta_rule,
+}
+"""Functions of Transformers' modeling files that call a kernel where its package is installed, and what it does."""
+
+
+def _liger_cross_entropy(
+    logits_CV: Tensor, labels_C: Tensor, logit_scale: float, softcap: float | None, needs_grad: bool
+) -> tuple[Tensor, Tensor]:
+    """As `linear_cross_entropy.liger_cross_entropy`: the gradient is written over the logits."""
+    return torch.empty(logits_CV.shape[0], device="meta").sum(), logits_CV.mul_(1.0)
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    torch.addmm(total, left, right, out_dtype=torch.float32, out=total)
+
+
+def _whole_rows(documents: Documents) -> list[tuple[int, int, int]]:
+    """A document a row: layers that run document by document keep as much for many."""
+    rows, length = documents.seq_idx_BS.shape
+    return [(row, 0, length) for row in range(rows)]
+
+
+def _received_rows(rows: Tensor, recv_sizes: list[int], send_sizes: list[int], group_name: str) -> Tensor:
+    return rows.new_empty(sum(recv_sizes), *rows.shape[1:])
+
+
+_GPU_PROPERTIES: tuple[tuple[Any, str, Any], ...] = (
+    (attention_backends, "_capability", lambda device: (9, 0)),
+    (torch.backends.cudnn, "version", lambda: 91_900),
+)
+"""What the choice of a kernel asks of the GPU."""
+
+_REPLACED: tuple[tuple[Any, str, Any], ...] = (
+    (attention, "choose_backend", _choose_on_gpu),
+    (attention, "_on_gpu", lambda device, dtype: dtype in attention_backends.HALF),
+    *((module, "runs_triton", lambda tensor: True) for module in (mamba, mamba2, mamba2_conv, mamba2_norm)),
+    (Documents, "spans", property(_whole_rows)),
+    (F, "scaled_dot_product_attention", _attention),
+    (head, "use_liger", lambda device: True),
+    (head, "liger_cross_entropy", _liger_cross_entropy),
+    (head, "_add_product", _add_product),
+    (head, "CHUNK_LOGITS", head.CHUNK_LOGITS | {"meta": head.CHUNK_LOGITS["cuda"]}),
+    (alltoall, "exchange_counts", lambda counts, group_name: torch.empty_like(counts)),
+    (collectives, "_exchange_rows", _received_rows),
+)
+
+
+def spread_experts(experts: Any, dispatch: str, rows_over_mean: float) -> None:
+    """Leave one expert of an experts module on the meta device here, and give it a dispatcher that brings rows.
+
+    How many experts a rank has changes its weights and their gradients, which a trace does not count, and nothing that
+    it does: one trace serves every number of ranks.
+
+    Args:
+        dispatch: key of `DISPATCHERS`.
+        rows_over_mean: rows of this rank over T*K.
+    """
+    dispatcher = DISPATCHERS[dispatch](experts.num_experts, rows_over_mean)
+    for name, parameter in list(experts.named_parameters(recurse=False)):
+        experts._parameters[name] = nn.Parameter(torch.empty_like(parameter[:1]), requires_grad=parameter.requires_grad)
+    experts.num_experts = 1
+
+    def forward(tokens_TH: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
+        return moe_forward(experts, dispatcher, tokens_TH, expert_ids_TK, weights_TK)
+
+    experts.forward = forward
+
+
+class _AllToAll(alltoall.AllToAllDispatcher):
+    """The dispatcher's own code; only the split sizes, which it reads from the device, are given."""
+
+    def __init__(self, num_experts: int, rows_over_mean: float) -> None:
+        Dispatcher.__init__(self, num_experts)
+        self.group_name, self.ep_size, self.num_local = "", num_experts, 1
+        self.rows_over_mean = rows_over_mean
+
+    def dispatch(self, tokens_TH: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor) -> Any:
+        slots = expert_ids_TK.numel()
+        with _SplitSizes([[slots], [round(slots * self.rows_over_mean)]]):
+            return super().dispatch(tokens_TH, expert_ids_TK, weights_TK)
+
+
+class _SplitSizes(TorchFunctionMode):
+    """Answers `Tensor.tolist` with the sizes sent and received."""
+
+    def __init__(self, sizes: list[list[int]]) -> None:
+        super().__init__()
+        self.sizes = sizes
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return self.sizes if func is Tensor.tolist else func(*args, **(kwargs or {}))
+
+
+class _Static(StaticDispatcher):
+    """The dispatcher's own code; only the exchange between ranks is a stand-in."""
+
+    def __init__(self, num_experts: int, rows_over_mean: float) -> None:
+        Dispatcher.__init__(self, num_experts)
+        self.group_name, self.ep_size, self.num_local = "", NVLINK_RANKS, 1
+        self.rows_over_mean = rows_over_mean
+        self.capacity: int | None = None
+        self.needed: Tensor | None = None
+
+    def dispatch(self, tokens_TH: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor) -> Any:
+        self.capacity = round(expert_ids_TK.numel() * self.rows_over_mean)
+        return super().dispatch(tokens_TH, expert_ids_TK, weights_TK)
+
+    def exchange_for(self, tokens_TH: Tensor, top_k: int) -> Exchange:
+        return _Arriving()
+
+
+class _Arriving(Exchange):
+    """`NvlinkExchange`, whose buffers are no part of a trace: they live as long as the run."""
+
+    def post_tokens(self, x_TH: Tensor, index_TK: Tensor, weights_TK: Tensor | None) -> None:
+        self.hidden, self.dtype, self.choices = x_TH.shape[1], x_TH.dtype, index_TK.shape
+
+    def take_rows(self, capacity: int | None) -> tuple[Tensor, Tensor, Routing]:
+        assert capacity is not None
+        tokens, top_k = self.choices
+        routing = route_sort(_empty(NVLINK_RANKS * tokens, top_k, dtype=torch.int32), 1, capacity)
+        return self.take_more_rows(routing.row_TK, capacity), _empty(capacity, dtype=torch.float32), routing
+
+    def take_more_rows(self, row_SK: Tensor, capacity: int) -> Tensor:
+        return _empty(capacity, self.hidden, dtype=self.dtype)
+
+    def post_sums(self, rows_RH: Tensor, weights_R: Tensor | None, row_SK: Tensor) -> None:
+        self.hidden, self.dtype = rows_RH.shape[1], rows_RH.dtype
+
+    def take_sums(self, index_TK: Tensor, weighted: bool) -> tuple[Tensor, Tensor | None]:
+        sums = _empty(len(index_TK), self.hidden, dtype=self.dtype)
+        return sums, _empty(*index_TK.shape, dtype=torch.float32) if weighted else None
+
+
+def _empty(*shape: int, dtype: torch.dtype) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+DISPATCHERS: dict[str, Callable[[int, float], Dispatcher]] = {"alltoall": _AllToAll, "nvlink": _Static}
+"""Dispatchers over several ranks that a trace knows."""
