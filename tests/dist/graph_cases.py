@@ -21,7 +21,7 @@ TOKENS = (2, 12)
 
 
 class Recorded(graph._Captured):
-    """What a CUDA graph does, by running the pass again: same inputs' memory, same gradients' memory, same capacities."""
+    """What a CUDA graph does, by running the pass again with the same memory and the same capacities."""
 
     def __init__(self, batch: dict[str, Tensor], device: torch.device) -> None:
         self.inputs = {name: torch.empty_like(tensor) for name, tensor in batch.items()}
@@ -65,9 +65,7 @@ def recorded_instead_of_captured() -> Iterator[None]:
 
 def build(dispatch: str, world_size: int, checkpointing: str = "none", family: str = "qwen3_moe") -> Any:
     torch.manual_seed(0)
-    layout = DistributedConfig(
-        fsdp_size=world_size, ep_size=world_size, ep_implementation=ep_implementation(dispatch)
-    )
+    layout = DistributedConfig(fsdp_size=world_size, ep_size=world_size, ep_implementation=ep_implementation(dispatch))
     model = AutoModelForCausalLM.from_config(FAMILIES[family](), dtype=torch.float32, distributed_config=layout).train()
     checkpoint_activations(model, checkpointing)
     return model
@@ -125,7 +123,9 @@ def differences(rank: int, world_size: int, checkpointing: str, forced: list[int
             before = list(passes._most_needed)
             again, our_losses, our_gradients = run_step(passes, rank, step)
             runs.append(again)
-            fullest = [step if now > then else f for now, then, f in zip(passes._most_needed, before, fullest, strict=True)]
+            fullest = [
+                step if now > then else f for now, then, f in zip(passes._most_needed, before, fullest, strict=True)
+            ]
             assert gradients.keys() == our_gradients.keys()
             worst_loss = max(worst_loss, *(abs(a - b) for a, b in zip(losses, our_losses, strict=True)))
             for name, gradient in gradients.items():
