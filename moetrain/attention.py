@@ -75,8 +75,8 @@ def attention(
         special = _special(query, key, dropout, softcap, kwargs)
         window = mask.window if mask.window is not None and mask.window < query.shape[2] else None
         documents, sinks = mask.cu_seqlens is not None, s_aux is not None
-        case = Case(query.device, query.dtype, query.shape[3], value.shape[3], window, documents, sinks, special)
-        backend, _ = choose_backend(case, kernels)
+        sizes = query.shape[3], value.shape[3]
+        backend = _backend(kernels, query.device, query.dtype, *sizes, window, documents, sinks, special)
         if backend != "torch":
             scale = query.shape[3] ** -0.5 if scaling is None else scaling
             tensors = (query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
@@ -86,6 +86,11 @@ def attention(
             return out.contiguous(), None
     kwargs |= {"dropout": dropout, "scaling": scaling, "is_causal": is_causal, "s_aux": s_aux, "softcap": softcap}
     return _as_without_us(module, query, key, value, attention_mask, causal, **kwargs)
+
+
+@torch.compiler.assume_constant_result  # it asks libraries for versions and switches, where Dynamo would stop
+def _backend(kernels: str, *case: Any) -> str:
+    return choose_backend(Case(*case), kernels)[0]
 
 
 def _special(query: Tensor, key: Tensor, dropout: float, softcap: float | None, kwargs: dict[str, Any]) -> str:

@@ -102,7 +102,7 @@ def _step(forward: Callable[[], Tensor], leaves: list[Tensor]) -> Callable[[], A
 
 def _systems(shape: Shape, leaves: list[Tensor], mask: CausalMask) -> dict[str, Callable[[], Tensor]]:
     """The backends that take the case; the one that models get is marked."""
-    q, k, v = (leaf.transpose(1, 2) for leaf in leaves[:3])
+    q = leaves[0]
     documents = mask.cu_seqlens is not None
     case = Case(q.device, q.dtype, shape.head_dim, shape.value_dim, shape.window, documents, shape.sinks)
     chosen, _ = choose_backend(case)
@@ -118,10 +118,19 @@ def _systems(shape: Shape, leaves: list[Tensor], mask: CausalMask) -> dict[str, 
             continue
         label = f"{backend.name} (chosen)" if backend.name == chosen else backend.name
         if backend.name == "transformer_engine":
-            systems[label] = lambda: transformer_engine.attend(q, k, v, **options)
+            systems[label] = lambda: transformer_engine.attend(*_transposed(leaves), **options)
         else:
-            systems[label] = lambda name=backend.name: attend(q, k, v, name, **options, sinks_H=sinks)  # type: ignore[misc]
+            systems[label] = lambda name=backend.name: attend(  # type: ignore[misc]
+                *_transposed(leaves), name, **options, sinks_H=sinks
+            )
     return systems
+
+
+def _transposed(leaves: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k, v as the kernels take them; made in each call, since autograd runs an operation's backward on the stream
+    that the operation was on."""
+    q, k, v = (leaf.transpose(1, 2) for leaf in leaves[:3])
+    return q, k, v
 
 
 def _own(shape: Shape, leaves: list[Tensor], mask: CausalMask) -> Callable[[], Tensor]:

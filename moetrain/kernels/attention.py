@@ -56,7 +56,8 @@ def attend(
         plain: Tensor = aten._scaled_dot_product_cudnn_attention(
             *tensors, None, torch.is_grad_enabled(), 0.0, True, False, scale=scale
         )[0]
-        return plain.transpose(1, 2)
+        contiguous: Tensor = _ContiguousGradient.apply(plain.transpose(1, 2))
+        return contiguous
     if backend == "flash" and size < q_BSHD.shape[-1]:  # the kernel has one size for keys and values
         v_BSGV = F.pad(v_BSGV, (0, q_BSHD.shape[-1] - size))
     out: Tensor = _attention_op(q_BSHD, k_BSGD, v_BSGV, sinks_H, cu_seqlens, scale, window, backend)[0]
@@ -199,12 +200,24 @@ def _attention_backward_op(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v and of the sinks (empty without sinks)."""
-    # torch keeps cuDNN's plans by the strides of q, k, v alone: this one must always have the same
-    grad = grad.contiguous()
+    grad = grad.contiguous()  # see _ContiguousGradient
     grads = _BACKWARD[backend](grad, q, k, v, out, lse, cu_seqlens, scale, window)
     if sinks_H is None:
         return *grads, lse.new_empty(0)
     return *grads, sink_gradient(grad, out, _per_row(lse, q), sinks_H).to(sinks_H.dtype)
+
+
+class _ContiguousGradient(torch.autograd.Function):
+    """Identity. Torch keeps cuDNN's plans by the strides of q, k and v alone: those of the gradient must always be the
+    same, or a plan for others reads it wrongly."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return grads[0].contiguous()
 
 
 def _per_row(lse: Tensor, q: Tensor) -> Tensor:
@@ -244,7 +257,8 @@ def _flash_backward(
         scale=scale,
         **_flash_window(window),
     )
-    dq, dk, dv = (tensor if cu_seqlens is None else tensor.unflatten(0, (rows, length)) for tensor in grads)
+    whole = (tensor if cu_seqlens is None else tensor.unflatten(0, (rows, length)) for tensor in grads)
+    dq, dk, dv = (tensor.contiguous() for tensor in whole)
     return dq, dk, dv
 
 
@@ -358,6 +372,8 @@ def _(q, k, v, sinks_H, cu_seqlens, scale, window, backend):  # type: ignore[no-
 @_attention_backward_op.register_fake
 def _(grad, q, k, v, sinks_H, cu_seqlens, out, lse, scale, window, backend):  # type: ignore[no-untyped-def]
     grad_sinks = lse.new_empty(0) if sinks_H is None else torch.empty_like(sinks_H)
+    if backend == "flash":
+        return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), grad_sinks
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), grad_sinks
 
 

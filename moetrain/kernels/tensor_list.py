@@ -49,8 +49,8 @@ def _on_device(key: Any, make: Callable[[], torch.Tensor], device: torch.device)
     new = table is None
     if table is None:
         host = make()
-        if device.type == "cuda" and not capturing:
-            host = host.pin_memory()  # or the copy might wait for what the device has yet to do
+        if device.type == "cuda":
+            host = host.pin_memory()  # or the copy might wait for what the device has yet to do; graphs take no other
         table = host, host.to(device, non_blocking=True)
     if capturing:
         _CAPTURED.append(table)

@@ -180,7 +180,7 @@ def test_graph_follows_new_documents() -> None:
 def test_compiles_without_a_break() -> None:
     mixer = cases.install(cases.build_mixer("nemotron_h", "cuda", torch.float32))
     x, grad = torch.randn(2, 1, 200, 32, device="cuda").unbind()
-    compiled = torch.compile(mixer.forward, fullgraph=True)
+    compiled = torch.compile(cases.as_model(mixer), fullgraph=True)
     with full_precision():
         expected = cases.mixer_step(mixer, x, grad)
         cases.check_same(cases.mixer_step(mixer, x, grad, forward=compiled), expected, 1e-4)
