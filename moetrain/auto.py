@@ -29,6 +29,7 @@ from transformers.utils.quantization_config import QuantizationMethod
 from moetrain import families
 from moetrain.attention import select_attention
 from moetrain.backends.liger import apply_liger
+from moetrain.backends.mamba import use_mamba_kernels
 from moetrain.checkpoint import CheckpointInfo, Dropped, check_checkpoint, find_dropped, save_hf
 from moetrain.checkpoint.export import MAX_SHARD_BYTES
 from moetrain.checkpoint.sharded_reading import compare_shards, reread_concatenated
@@ -227,6 +228,8 @@ def finish(model: Any, experts_implementation: str | None = None, attn_implement
     if attn_implementation is None:
         select_attention(model)
     families.correct_after_load(model)
+    if slow := use_mamba_kernels(model):
+        _say(slow)
 
 
 def _say(message: str) -> None:

@@ -136,7 +136,7 @@ def backends() -> list[Backend]:
         Backend("grouped_mm", "experts in one call", grouped, "" if grouped else "needs torch 2.10 or newer"),
         _package("triton", "fused kernels of the expert layer", "pip install triton", gpu),
         _package("liger_kernel", "fused linear cross entropy", "pip install liger-kernel", gpu),
-        _package("mamba_ssm", "Mamba-2 layers", f"{compiled} mamba-ssm", gpu),
+        _package("mamba_ssm", "Mamba-2 layers in place of our kernels", f"{compiled} mamba-ssm", gpu),
         _package("causal_conv1d", "convolutions of Mamba and linear attention", f"{compiled} causal-conv1d", gpu),
         _package("torchao", "8-bit optimizer states", "pip install torchao"),
     ]

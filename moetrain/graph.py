@@ -32,6 +32,8 @@ from moetrain.moe.experts import gate_of
 
 MARGIN = 1.25
 """Capacity over the fullest call seen. Loads of a rank drift by a few percent from step to step."""
+GROWTH = 1.5
+"""The same for a layer that has overflowed: its load is on the move, and every overflow costs a capture."""
 ROUND = 128
 """Capacities are multiples of this: the rows of a product's tile."""
 
@@ -58,6 +60,7 @@ class Passes:
         self._runs = 0
         self._watched_once = False
         self._most_needed = [0] * len(self.dispatchers)
+        self._margins = [MARGIN] * len(self.dispatchers)
         self._exact = bool(self.dispatchers)
         self._shape: tuple[Any, ...] | None = None
         self._graphs: dict[bool, _Captured] = {}
@@ -111,20 +114,13 @@ class Passes:
         for dispatcher in self.dispatchers:
             dispatcher.needed.zero_()  # type: ignore[union-attr]
         rows = needed.tolist()
-        over = not self._exact and any(
-            row > dispatcher.capacity for row, dispatcher in zip(rows, self.dispatchers, strict=True)
-        )
-        if over:
-            print(
-                "OVER",
-                [(i, row, d.capacity) for i, (row, d) in enumerate(zip(rows, self.dispatchers)) if row > d.capacity][
-                    :8
-                ],
-                flush=True,
-            )
-            self._forget()
-            self._set_capacities(exact=True)
-            return True
+        if not self._exact:
+            over = [row > (d.capacity or 0) for row, d in zip(rows, self.dispatchers, strict=True)]
+            if any(over):
+                self._margins[over.index(True)] = GROWTH  # what later layers got depends on what was cut in this one
+                self._forget()
+                self._set_capacities(exact=True)
+                return True
         self._most_needed = [max(pair) for pair in zip(rows, self._most_needed, strict=True)]
         if self._exact and not self.obstacle:
             self._set_capacities(exact=False)
@@ -132,8 +128,8 @@ class Passes:
 
     def _set_capacities(self, exact: bool) -> None:
         self._exact = exact
-        for dispatcher, most in zip(self.dispatchers, self._most_needed, strict=True):
-            dispatcher.capacity = None if exact else math.ceil(most * MARGIN / ROUND) * ROUND
+        for dispatcher, most, margin in zip(self.dispatchers, self._most_needed, self._margins, strict=True):
+            dispatcher.capacity = None if exact else math.ceil(most * margin / ROUND) * ROUND
 
     def _is_same_shape(self, batch: dict[str, Tensor]) -> bool:
         """Whether the batch has the shape of the first; only that one is captured."""

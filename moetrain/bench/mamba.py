@@ -126,22 +126,16 @@ def _bench_parts(name: str, mixer: Any, tokens: int, seq_idx: Tensor | None, lim
     given, span = _inputs(mixer, tokens), (0.0, float("inf"))
     x, dt, A, B, C, _, dt_bias = given.scan
     conv = [given.conv_in, mixer.conv1d.weight.detach().squeeze(1), mixer.conv1d.bias.detach()]
-    norm, groups = [given.y, given.gate, mixer.norm.weight.detach()], mixer.n_groups
+    norm = [given.y, given.gate, mixer.norm.weight.detach()]
     size = tiles(x, B)
     steps = time_steps(dt, A, dt_bias, *span, size.chunk)
     states = chunk_states(x, B, *steps, seq_idx, size)[0]
     grad = torch.randn_like(given.y).view(x.shape)
     c, y, b, s = given.conv_in.numel(), x.numel(), B.numel(), states.numel()
 
-    def convolve(*leaves: Any) -> Tensor:
-        return causal_conv(*leaves, seq_idx_BS=seq_idx)
-
-    def scan(*leaves: Any) -> Tensor:
-        return chunk_scan(*leaves, dt_limit=span, seq_idx_BS=seq_idx)
-
-    def normalise(*leaves: Any) -> Tensor:
-        return gated_norm(*leaves, groups=groups, eps=1e-5)
-
+    convolve: Callable[..., Tensor] = functools.partial(causal_conv, seq_idx_BS=seq_idx)
+    scan: Callable[..., Tensor] = functools.partial(chunk_scan, dt_limit=span, seq_idx_BS=seq_idx)
+    normalise: Callable[..., Tensor] = functools.partial(gated_norm, groups=mixer.n_groups, eps=1e-5)
     parts: list[tuple[str, Callable[[], Any], int]] = [
         ("conv forward", lambda: convolve(*conv), 2 * c),
         ("conv forward + backward", _step(convolve, conv), 5 * c),

@@ -17,11 +17,9 @@ from __future__ import annotations
 
 import functools
 import inspect
-import sys
 from collections.abc import Callable
 from contextvars import ContextVar
 from functools import cached_property
-from importlib.util import find_spec
 from itertools import pairwise
 from typing import Any
 from weakref import WeakSet
@@ -32,6 +30,7 @@ from transformers import AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, and_masks
 
 from moetrain import attention as our_attention
+from moetrain.backends.mamba import reads_seq_idx
 
 # B rows, S tokens in a row, D hidden size, N documents.
 
@@ -220,7 +219,7 @@ def _forward_per_document(
     if documents is None:
         return forward(hidden_states, *args, **kwargs)
     assert hidden_states.shape[:2] == documents.seq_idx_BS.shape, "seq_idx does not belong to this batch"
-    if _kernels_take_seq_idx(mixer):
+    if reads_seq_idx(mixer, hidden_states):
         return forward(hidden_states, *args, seq_idx=documents.seq_idx_BS, **kwargs)
     parts = [forward(hidden_states[row : row + 1, start:end], *args, **kwargs) for row, start, end in documents.spans]
     if isinstance(parts[0], Tensor):
@@ -235,12 +234,6 @@ def _join(parts: list[Any], documents: Documents) -> Tensor | None:
             return None
     joined: Tensor = torch.cat(parts, dim=1)
     return joined.reshape(*documents.seq_idx_BS.shape, *joined.shape[2:])
-
-
-def _kernels_take_seq_idx(mixer: nn.Module) -> bool:
-    """Mamba-2 on its CUDA kernels. (Mamba-1's scan takes no `seq_idx`, and Transformers drops it without a word.)"""
-    mamba2 = hasattr(sys.modules[type(mixer).__module__], "mamba2_chunk_scan")
-    return mamba2 and find_spec("mamba_ssm") is not None and find_spec("causal_conv1d") is not None
 
 
 def _mask_by_document() -> None:

@@ -154,6 +154,7 @@ class NvlinkExchange(Exchange):
         self.sent, self.returned = peers["sent"], peers["returned"]
         self.choices, self.weights, self.weight_grads = peers["choices"], peers["weights"], peers["weight_grads"]
         self.choices.local.fill_(-1)
+        self._handle.barrier(0)  # or it would wipe out what a faster rank has already sent
         self._busy: str | None = None
 
     def post_tokens(self, x_TH: torch.Tensor, index_TK: torch.Tensor, weights_TK: torch.Tensor | None) -> None:

@@ -155,7 +155,7 @@ def test_mamba_kernels_get_seq_idx_in_one_call(monkeypatch: pytest.MonkeyPatch) 
     isolate_documents(model)
     real = importlib.util.find_spec
     monkeypatch.setattr(
-        "moetrain.data.isolation.find_spec",
+        "moetrain.backends.mamba.find_spec",
         lambda name: real("torch") if name in ("mamba_ssm", "causal_conv1d") else real(name),
     )
     _, batch = packed(LENGTHS)

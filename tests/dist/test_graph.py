@@ -15,7 +15,9 @@ from tests.ranks import run_ranks
 def test_overflow_is_run_again_exactly(ranks: int, checkpointing: str) -> None:
     """Two passes a step, changing weights, an overflow forced at each layer in turn on rank 0 alone."""
     for result in run_ranks(differences, ranks, checkpointing, [0, 1]):
-        assert sorted(result["runs"][4:8]) == sorted(result["runs"][8:]) == [1, 1, 1, 2] and result["runs"][:4] == [1] * 4
+        assert (
+            sorted(result["runs"][4:8]) == sorted(result["runs"][8:]) == [1, 1, 1, 2] and result["runs"][:4] == [1] * 4
+        )
         assert result["loss"] < 1e-5 and result["gradient"] < 2e-5
         assert result["graphs"] == 2, "first and accumulating pass"
         assert result["status"].startswith("captured")
