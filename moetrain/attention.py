@@ -88,7 +88,7 @@ def attention(
     return _as_without_us(module, query, key, value, attention_mask, causal, **kwargs)
 
 
-@torch.compiler.assume_constant_result  # it asks libraries for versions and switches, where Dynamo would stop
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator] # Dynamo would stop at what it asks
 def _backend(kernels: str, *case: Any) -> str:
     return choose_backend(Case(*case), kernels)[0]
 
@@ -285,18 +285,21 @@ class AttentionChoice(NamedTuple):
         )
 
 
-def explain_attention(model: PreTrainedModel, documents: bool = False) -> list[AttentionChoice]:
+def explain_attention(
+    model: PreTrainedModel, documents: bool = False, device: torch.device | None = None
+) -> list[AttentionChoice]:
     """What each kind of attention layer in the decoder runs on, and why.
 
     Args:
         documents: whether batches hold packed documents.
+        device: where it will run, for a model on the meta device.
     """
     decoder = model.get_decoder()
     implementation = decoder.config._attn_implementation
     kernels = next((kernels for kernels, name in NAMES.items() if name == implementation), None)
     found = []
     for case, layers in attention_cases(decoder):
-        case = case._replace(documents=documents)
+        case = case._replace(documents=documents, device=device or case.device)
         if kernels is None:
             found.append(AttentionChoice(layers, str(case), f"Transformers' {implementation}", {}))
         else:

@@ -121,7 +121,13 @@ def plan(args: argparse.Namespace) -> int:
 def doctor(args: argparse.Namespace) -> int:
     from moetrain.doctor import examine
 
-    return examine(as_json=args.json)
+    chosen = None
+    if args.config is not None:
+        from moetrain.config import load_config
+        from moetrain.dry_run import explain
+
+        chosen = explain(load_config(args.config, args.overrides))
+    return examine(as_json=args.json, chosen=chosen)
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -141,9 +147,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="moetrain",
         description="Fine-tune Mixture-of-Experts models of Transformers with expert parallelism.",
-        epilog="Exit codes: 0 done; 75 told to stop (SIGTERM, SIGUSR1, SIGUSR2, Ctrl-C) and saved, the same command goes "
-        "on; 2 an error you can mend; 128 + n ended by signal n; others are bugs. MOETRAIN_DEBUG=1 shows the traceback "
-        "of an error.",
+        epilog="Exit codes: 0 done; 75 told to stop (SIGTERM, SIGUSR1, SIGUSR2, Ctrl-C) and saved, the same command "
+        "goes on; 2 an error you can mend; 128 + n ended by signal n; others are bugs. MOETRAIN_DEBUG=1 shows the "
+        "traceback of an error.",
     )
     parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
     verbs = parser.add_subparsers(title="verbs", required=True, metavar="VERB")
@@ -207,10 +213,13 @@ def _parser() -> argparse.ArgumentParser:
         verbs,
         "doctor",
         doctor,
-        "show versions, GPUs and which backends are usable; code 1 if training cannot run",
+        "show versions, GPUs and which backends are usable, and what a run would use; code 1 if training cannot run",
         "moetrain doctor",
         "moetrain doctor --json",
+        "moetrain doctor configs/python_stdlib.yaml",
     )
+    sub.add_argument("config", nargs="?", help="YAML file: also what this run would use here, and why")
+    sub.add_argument("overrides", nargs="*", metavar="section.key=value")
     sub.add_argument("--json", action="store_true", help="for programs")
     return parser
 

@@ -38,11 +38,13 @@ def compile_layers(model: PreTrainedModel, mode: str = "auto", backend: str = "i
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, VARIANTS)
     torch._dynamo.config.accumulated_recompile_limit = max(torch._dynamo.config.accumulated_recompile_limit, 1024)
     for _, experts in experts_modules(model):
-        experts.__class__ = _called_outside(type(experts))
+        cls: Any = type(experts)
+        experts.__class__ = _called_outside(cls)
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     layers = [layer for layer in layers if not any(layer is not other and _holds(other, layer) for other in layers)]
     for layer in layers:
-        layer.__class__ = _with_compiled_forward(type(layer), backend)
+        cls = type(layer)
+        layer.__class__ = _with_compiled_forward(cls, backend)
     return f"layers: {len(layers)} compiled"
 
 

@@ -11,11 +11,19 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, ValidationError, model_validator
 
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", validate_default=True, use_attribute_docstrings=True)
+
+
+def _word(value: Any) -> Any:
+    """YAML reads `on` and `off` as true and false."""
+    return ("on" if value else "off") if isinstance(value, bool) else value
+
+
+Switch = Annotated[Literal["auto", "on", "off"], BeforeValidator(_word)]
 
 
 class CreateConfig(_Section):
@@ -164,9 +172,9 @@ class TrainConfig(_Section):
     seed: int = 0
     loss: Literal["auto", "fused", "plain"] = "auto"
     """`fused` never holds the logits of all tokens; `auto` takes it where the model's head allows."""
-    compile: Literal["auto", "on", "off"] = "auto"
+    compile: Switch = "auto"
     """Norms, rotary embeddings, routers and sums of each decoder layer fused by torch.compile; `auto` on GPUs."""
-    cuda_graph: Literal["auto", "on", "off"] = "auto"
+    cuda_graph: Switch = "auto"
     """Forward and backward as one CUDA graph: `auto` where model and setting allow it, `on` or an error, `off`."""
     max_minutes: Annotated[float, Field(gt=0)] | None = None
     """Stop, save and export cleanly after this long."""

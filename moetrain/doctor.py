@@ -18,6 +18,7 @@ from typing import Any
 
 from packaging.requirements import Requirement
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 PACKAGES = (
@@ -52,8 +53,12 @@ class Backend:
     why: str = ""
 
 
-def examine(as_json: bool = False, console: Console | None = None) -> int:
-    """Print the examination; returns 0 if training can run here, 1 if something that it needs is missing."""
+def examine(as_json: bool = False, console: Console | None = None, chosen: list[tuple[str, str]] | None = None) -> int:
+    """Print the examination; returns 0 if training can run here, 1 if something that it needs is missing.
+
+    Args:
+        chosen: what a run would use, by name, to be printed with it.
+    """
     console = console or Console()
     problems = find_problems()
     found = {
@@ -63,6 +68,8 @@ def examine(as_json: bool = False, console: Console | None = None) -> int:
         "backends": [asdict(backend) for backend in backends()],
         "problems": problems,
     }
+    if chosen is not None:
+        found["run"] = chosen
     if as_json:
         console.print_json(json.dumps(found))
     else:
@@ -209,6 +216,11 @@ def _print_tables(console: Console, found: dict[str, Any]) -> None:
         )
     console.print()
     console.print(table)
+
+    if found.get("run"):
+        console.print("\n[bold]this run[/]")
+        for name, text in found["run"]:
+            console.print(f"{name:<10}{escape(text)}", soft_wrap=True)
 
     console.print()
     for problem in found["problems"]:

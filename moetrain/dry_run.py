@@ -10,13 +10,17 @@ from rich import get_console
 from rich.markup import escape
 from transformers import PreTrainedModel
 
-from moetrain import families
+from moetrain import families, mesh
+from moetrain.attention import explain_attention, select_attention
 from moetrain.checkpoint import check_checkpoint
 from moetrain.config import DataConfig, RunConfig, Source
 from moetrain.create import check_layout, find_checkpoint, load_model_config, load_tokenizer, meta_model, new_config
 from moetrain.data.sources import STDLIB, find_files
 from moetrain.data.tokenize import check_vocabulary
+from moetrain.graph import capture_obstacle
 from moetrain.launcher import num_processes
+from moetrain.moe.dispatch import fastest_dispatch
+from moetrain.moe.layer import NAME
 
 
 def dry_run(config: RunConfig) -> None:
@@ -35,6 +39,36 @@ def dry_run(config: RunConfig) -> None:
     tokens = rows * config.data.seq_len
     _say("step", f"{rows} rows of {config.data.seq_len:,} = {tokens:,} tokens")
     _say("run", f"{config.train.steps:,} steps, {tokens * config.train.steps:,} tokens")
+
+
+def explain(config: RunConfig) -> list[tuple[str, str]]:
+    """What a run would use on this machine, and why: dispatch, attention, how its step runs. Reads no weights.
+
+    Raises:
+        ValueError: model or layout do not fit.
+    """
+    world = int(os.environ.get("WORLD_SIZE", "0")) or num_processes(config)
+    model, text = _model(config)
+    device = mesh.device()
+    dispatch: str = config.model.dispatch
+    if dispatch == "auto":
+        dispatch = fastest_dispatch(config.parallel.ep_size)
+    if config.model.attn_implementation is None:
+        select_attention(model, config.model.kernels)
+    documents = config.data.packing and config.data.document_mask
+    choices = [str(choice) for choice in explain_attention(model, documents, device)]
+    model.config.get_text_config()._experts_implementation = "eager" if config.model.experts == "eager" else NAME
+    obstacle = "train.cuda_graph=off" if config.train.cuda_graph == "off" else None
+    obstacle = obstacle or capture_obstacle(model, device.type, dispatch)
+    compiled = config.train.compile == "on" or (config.train.compile == "auto" and device.type == "cuda")
+    return [
+        ("model", text),
+        ("layout", _layout(config, world, model)),
+        ("dispatch", dispatch),
+        *(("attention", choice.removeprefix("attention of ")) for choice in choices),
+        ("layers", "compiled" if compiled else "not compiled"),
+        ("step", f"eager: {obstacle}" if obstacle else "captured in a CUDA graph, unless its first passes find a sync"),
+    ]
 
 
 def _say(name: str, text: str) -> None:

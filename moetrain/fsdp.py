@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -114,12 +115,13 @@ class _InPlace(FSDPParamGroup):
             if self.gradient_divide_factor is not None:
                 gradient.div_(self.gradient_divide_factor)
             gradient = gradient.view(param.sharded_size)
-            if param.sharded_param.grad is None:
+            accumulated: Any = param.sharded_param.grad
+            if accumulated is None:
                 # its values may still be on their way, see kernels/aside.py
                 param.sharded_param.grad = param.to_sharded_dtensor(gradient)
             else:
                 join_aside()
-                param.sharded_param.grad._local_tensor += gradient
+                accumulated._local_tensor += gradient
             hooks = getattr(param.sharded_param, "_post_accumulate_grad_hooks", None)
             if hooks:
                 join_aside()
@@ -191,7 +193,5 @@ def _memory(device: torch.device) -> float:
 
 
 def _bytes(param: Any) -> int:
-    numel = 1
-    for size in param._orig_size:
-        numel *= size
-    return numel * param.sharded_param.element_size()
+    size: int = math.prod(param._orig_size) * param.sharded_param.element_size()
+    return size

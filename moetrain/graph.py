@@ -1,8 +1,8 @@
 """Forward, loss and backward of one batch, captured in a CUDA graph where the model and its setting allow it.
 
-    first pass    eager, with exactly the room that its rows need, which is noted
-    second        eager, with static capacities; whatever waits for the host is found
-    third         captured, and replayed from then on
+    the first MEASURED passes    eager, with exactly the room that their rows need, which is noted
+    one more                     eager, with static capacities; whatever waits for the host is found
+    then                         captured, and replayed from then on
 
 Gradients of a captured pass lie at fixed addresses. A pass whose rows did not fit (`overflowed`) has wrong gradients:
 the caller runs the step's passes again before the optimizer sees them; they then run eagerly, with exactly the room
@@ -30,8 +30,11 @@ from moetrain.kernels.aside import work_aside
 from moetrain.moe.dispatch import LocalDispatcher, StaticDispatcher, dispatchers_of, exchanges
 from moetrain.moe.experts import gate_of
 
+MEASURED = 8
+"""Passes whose rows are counted before the first capture, where experts are spread over ranks. With random weights the
+load of a rank in a deep layer differs by a quarter from batch to batch."""
 MARGIN = 1.25
-"""Capacity over the fullest call seen. Loads of a rank drift by a few percent from step to step."""
+"""Capacity over the fullest call seen."""
 GROWTH = 1.5
 """The same for a layer that has overflowed: its load is on the move, and every overflow costs a capture."""
 ROUND = 128
@@ -88,8 +91,8 @@ class Passes:
             self.model.zero_grad(set_to_none=True)
         if self.obstacle or not self._is_same_shape(batch):
             return self._eager(batch, scale)
-        if self._runs == 0 or self._exact:
-            self._runs += 1
+        self._runs += 1
+        if self._runs == 1 or self._exact:
             return self._eager(batch, scale)
         if not self._watched_once:
             self._watched_once = True
@@ -122,7 +125,7 @@ class Passes:
                 self._set_capacities(exact=True)
                 return True
         self._most_needed = [max(pair) for pair in zip(rows, self._most_needed, strict=True)]
-        if self._exact and not self.obstacle:
+        if self._exact and not self.obstacle and self._runs >= MEASURED:
             self._set_capacities(exact=False)
         return False
 
@@ -230,13 +233,18 @@ def capturing() -> bool:
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
-def capture_obstacle(model: PreTrainedModel) -> str | None:
-    """Why a model cannot be captured, as far as one can tell without running it; None if nothing is known."""
-    if model.device.type != "cuda":
+def capture_obstacle(model: PreTrainedModel, device_type: str | None = None, dispatch: str | None = None) -> str | None:
+    """Why a model cannot be captured, as far as one can tell without running it; None if nothing is known.
+
+    Args:
+        device_type: where it will run, for a model on the meta device.
+        dispatch: name of the dispatcher that it will have, likewise.
+    """
+    if (device_type or model.device.type) != "cuda":
         return "CUDA graphs need a GPU"
-    for name, dispatcher in dispatchers_of(model):
-        if not isinstance(dispatcher, (StaticDispatcher, LocalDispatcher)):
-            return f"the dispatcher of {name} reads the number of rows on the host; static: nvlink, allgather"
+    dynamic = [name for name, d in dispatchers_of(model) if not isinstance(d, (StaticDispatcher, LocalDispatcher))]
+    if dynamic or dispatch == "alltoall":
+        return "the dispatcher alltoall reads the number of rows on the host; static: nvlink, allgather"
     for name, experts in experts_modules(model):
         if getattr(experts.config, "_experts_implementation", None) == "eager":
             return f"{name} runs expert by expert (experts=eager)"

@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING, TextIO
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+"""Slurm and its tools warn of a job's end with one of the last two."""
 BEAT_SECONDS = 2.0
 """At most one heartbeat file a rank in this time: 128 ranks may share one file system."""
 CLAIM_SECONDS = 10.0

@@ -28,7 +28,9 @@ TAIL_LINES = 25
 LOG_HEADER = "--- started "
 USER_ERROR = 2
 """Exit code of a rank that has told the user what to mend."""
-FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+CONTINUE = os.EX_TEMPFAIL
+"""Exit code, 75, of a run that a signal stopped: it has saved, and the same command goes on from there."""
+FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
 def launch(config_path: str, overrides: Sequence[str] = (), processes: int | None = None) -> int:
@@ -52,17 +54,17 @@ def launch(config_path: str, overrides: Sequence[str] = (), processes: int | Non
     if os.environ["RANK"] == "0":
         check_writable(config.output_dir)
         with claim(config.output_dir), _on_record(config):
-            _train(config)
+            done = _train(config)
         _name_files(Path(config.output_dir), write_report(config.output_dir))
     else:
-        _train(config)
-    return 0
+        done = _train(config)
+    return 0 if done else CONTINUE
 
 
-def _train(config: RunConfig) -> None:
+def _train(config: RunConfig) -> bool:
     from moetrain.trainer import train  # here, because the launcher has no use for torch
 
-    train(config)
+    return train(config)
 
 
 @contextlib.contextmanager
@@ -97,8 +99,8 @@ def num_processes(config: RunConfig) -> int:
 def run_local(command: Sequence[str], processes: int, log_dir: Path) -> int:
     """Run `command` once a rank with torchrun's variables set, and wait; returns the exit code for the shell.
 
-    Rank 0 writes to this terminal, rank r to `log_dir/rank-r.log`. SIGINT, SIGTERM and SIGUSR1 are passed on once,
-    a second SIGINT kills. When a rank dies the others are stopped within seconds, and its last lines are printed.
+    Rank 0 writes to this terminal, rank r to `log_dir/rank-r.log`. SIGINT, SIGTERM, SIGUSR1 and SIGUSR2 are passed on
+    once, a second SIGINT kills. When a rank dies the others are stopped within seconds, and its last lines are printed.
     The ranks die with this process, whatever kills it.
     """
     log_dir.mkdir(parents=True, exist_ok=True)
@@ -171,15 +173,15 @@ def _die_with_parent() -> Callable[[], None]:
 
 
 def _supervise(ranks: list[subprocess.Popen[bytes]], received: list[int], log_dir: Path) -> int:
-    """Wait for all ranks or for the first failure, passing signals on."""
+    """Wait for all ranks or for the first failure, passing signals on. Ranks that stop to be continued agree on it."""
     forwarded: set[int] = set()
     while True:
         codes = [rank.poll() for rank in ranks]
-        failed = [rank for rank, code in enumerate(codes) if code]
+        failed = [rank for rank, code in enumerate(codes) if code not in (None, 0, CONTINUE)]
         if failed:
             break
-        if all(code == 0 for code in codes):
-            return 0
+        if None not in codes:
+            return CONTINUE if CONTINUE in codes else 0
         while received:
             signum = received.pop(0)
             if signum == signal.SIGINT and signum in forwarded:

@@ -78,7 +78,7 @@ def build_model(config: RunConfig, directory: Path) -> PreTrainedModel:
     world = mesh.world_size()
     if world > 1:
         parallel = config.parallel
-        dispatch = config.model.dispatch
+        dispatch: str = config.model.dispatch
         if dispatch == "auto" and parallel.ep_size > 1:
             dispatch = fastest_dispatch(parallel.ep_size)
         kwargs["distributed_config"] = mesh.layout(

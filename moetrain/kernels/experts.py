@@ -95,8 +95,11 @@ def scale_gradients(weights: ExpertWeights) -> ExpertWeights:
     """The same weights; autograd multiplies their gradients by `gradient_scale`."""
     if weights.gradient_scale == 1.0:
         return weights
-    tensors = [None if t is None else _ScaledGradient.apply(t, weights.gradient_scale) for t in weights[:4]]
-    return ExpertWeights(*tensors, weights.transposed)  # type: ignore[arg-type]
+    up, down, up_bias, down_bias = (
+        tensor if tensor is None else _ScaledGradient.apply(tensor, weights.gradient_scale) for tensor in weights[:4]
+    )
+    assert up is not None and down is not None
+    return ExpertWeights(up, down, up_bias, down_bias, weights.transposed)
 
 
 class _ScaledGradient(torch.autograd.Function):

@@ -173,6 +173,16 @@ def test_doctor_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert "torch" in json.loads(capsys.readouterr().out)["versions"]
 
 
+def test_doctor_says_what_a_run_would_use(config_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["parallel.processes=2", "parallel.ep_size=2"]
+    assert cli.main(["doctor", str(config_file), *arguments, "--json"]) in (0, 1)
+    run = dict(json.loads(capsys.readouterr().out)["run"])
+    assert run["dispatch"] == "alltoall" and run["step"] == "eager: CUDA graphs need a GPU"
+    assert cli.main(["doctor", str(config_file), "train.cuda_graph=off"]) in (0, 1)
+    printed = capsys.readouterr().out
+    assert "eager: train.cuda_graph=off" in printed and "layout" in printed
+
+
 def test_data_verbs(config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["data", "preview", str(config_file), "--rows", "1", "data.seq_len=48"]) == 0
     printed = capsys.readouterr().out

@@ -55,12 +55,13 @@ class Recorded(graph._Captured):
 
 @contextmanager
 def recorded_instead_of_captured() -> Iterator[None]:
-    captured, obstacle = graph._Captured, graph.capture_obstacle
+    kept = graph._Captured, graph.capture_obstacle, graph.MEASURED
     graph._Captured, graph.capture_obstacle = Recorded, lambda model: None  # type: ignore[assignment,misc]
+    graph.MEASURED = 2  # a step of two passes
     try:
         yield
     finally:
-        graph._Captured, graph.capture_obstacle = captured, obstacle  # type: ignore[misc]
+        graph._Captured, graph.capture_obstacle, graph.MEASURED = kept  # type: ignore[misc]
 
 
 def build(dispatch: str, world_size: int, checkpointing: str = "none", family: str = "qwen3_moe") -> Any:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from moetrain import AutoModelForCausalLM, DistributedConfig
+from moetrain import AutoModelForCausalLM, DistributedConfig, graph
 from moetrain.compiled import compile_layers
 from moetrain.config import OptimConfig
 from moetrain.data.isolation import isolate_documents
@@ -24,6 +24,7 @@ from moetrain.parallelize import checkpoint_activations
 from tests.families import tiny
 
 BF16 = torch.bfloat16
+graph.MEASURED = 1
 ROWS, LENGTH = 2, 256
 SIZES: dict[str, Any] = {
     "hidden_size": 256,
