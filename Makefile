@@ -11,9 +11,11 @@ export PIP_CONSTRAINT := constraints.txt
 export PIP_BUILD_CONSTRAINT := constraints.txt
 # The tests run several processes; one thread each, or they fight for the cores.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+SUDO := $(if $(filter-out 0,$(shell id -u)),sudo)
+SLURM_PACKAGES := slurmctld slurmd slurm-client slurm-wlm-basic-plugins munge
 
 .DEFAULT_GOAL := help
-.PHONY: help train test check format test-gpu parity lock clean
+.PHONY: help train test check format test-gpu parity lock clean lab-deps lab-up lab-down test-lab
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -38,6 +40,19 @@ test-gpu: $(VENV)/.ready ## Tests on the GPUs of this machine
 
 parity: $(VENV)/.ready ## Every supported family against plain Transformers on up to 8 ranks (slow)
 	$(PYTEST) tests/dist/test_parity.py
+
+lab-deps: ## Slurm and munge from the distribution's packages, for the lab (Debian, Ubuntu)
+	$(SUDO) apt-get update --quiet
+	$(SUDO) apt-get install --quiet --yes --no-install-recommends $(SLURM_PACKAGES)
+
+lab-up: $(VENV)/.ready ## Start a Slurm of 16 nodes on this machine, in .lab
+	$(BIN)/python -m cluster.lab up
+
+lab-down: $(VENV)/.ready ## Stop it
+	$(BIN)/python -m cluster.lab down
+
+test-lab: $(VENV)/.ready ## All tests on the lab: `make test` has the short ones (slow)
+	$(PYTEST) tests/dist/test_lab.py tests/faults/test_lab.py
 
 lock: ## Resolve all dependencies anew and rewrite constraints.txt
 	rm -rf .lock && $(PYTHON) -m venv .lock

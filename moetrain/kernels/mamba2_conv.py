@@ -138,8 +138,9 @@ def _save_inputs(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 
 
 def _gradients(ctx, grad_BSC):  # type: ignore[no-untyped-def]
-    grad_x_BSC, grad_weight_CK, grad_bias_C = _conv_backward_op(grad_BSC, *ctx.saved_tensors)
-    bias_C = ctx.saved_tensors[2]
+    tensors = ctx.saved_tensors  # read once: activation checkpointing recomputes them for each reading
+    grad_x_BSC, grad_weight_CK, grad_bias_C = _conv_backward_op(grad_BSC, *tensors)
+    bias_C = tensors[2]
     return grad_x_BSC, grad_weight_CK, None if bias_C is None else grad_bias_C.to(bias_C.dtype), None
 
 

@@ -34,7 +34,7 @@ def wait_for(condition: Callable[[], bool], seconds: float = 10.0) -> bool:
     return condition()
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2])
 def test_signal_only_sets_a_flag(guard: Guard, signum: signal.Signals) -> None:
     assert not guard.should_stop()
     assert guard.signalled is None

@@ -63,6 +63,22 @@ def test_a_lab_leaves_nothing(tmp_path: Path) -> None:
     assert not Path(second.root).exists()
 
 
+def test_the_lab_from_a_shell(tmp_path: Path) -> None:
+    def shell(*words: str) -> tuple[int, str]:
+        command = [sys.executable, "-m", "cluster.lab", *words, "--root", str(tmp_path / "lab")]
+        result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        return result.returncode, result.stdout + result.stderr
+
+    assert shell("status") == (1, f"no lab runs in {tmp_path}/lab\n")
+    try:
+        code, text = shell("up", "--nodes", "3", "--gpus", "2")
+        assert code == 0 and "h100-[01-03]" in text and f"export SLURM_CONF={tmp_path}/lab/etc/slurm.conf" in text
+        assert shell("up")[0] == 2 and shell("status")[0] == 0
+    finally:
+        assert "down in" in shell("down")[1]
+    assert shell("down") == (0, f"no lab runs in {tmp_path}/lab\n")
+
+
 @pytest.fixture(scope="module")
 def told(slurm: Lab, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, str]], str]:
     """128 ranks on 16 nodes of two switches, and what each found in its environment."""

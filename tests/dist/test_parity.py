@@ -24,6 +24,8 @@ LAYOUTS: dict[str, tuple[dict[str, Any], list[str]]] = {
     "ep4": ({"fsdp_size": 4, "ep_size": 4}, SOME),
     "ep2_replicas2": ({"dp_replicate_size": 2, "fsdp_size": 2, "ep_size": 2}, SOME),
     "fsdp2": ({"fsdp_size": 2}, SOME),
+    "ep2_allgather": ({"fsdp_size": 2, "ep_size": 2, "ep_implementation": "moetrain_allgather"}, SOME),
+    "ep2_efsdp2_allgather": ({"fsdp_size": 4, "ep_size": 2, "ep_implementation": "moetrain_allgather"}, SOME),
     "ep4_efsdp2": ({"fsdp_size": 8, "ep_size": 4}, SOME),
 }
 

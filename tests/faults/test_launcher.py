@@ -32,7 +32,7 @@ def publish(name, text=""):
 """
 SAVES_ON_SIGNAL = """
 received = []
-for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
     signal.signal(signum, lambda number, frame: received.append(number))
 publish("pid", os.getpid())
 while not received: time.sleep(0.01)
@@ -178,7 +178,7 @@ def test_error_that_rank_0_has_told_is_not_told_again(tmp_path: Path, capfd: pyt
     assert capfd.readouterr().err == "mend this\n"
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2])
 def test_signal_reaches_each_rank_once(
     tmp_path: Path, started: list[subprocess.Popen[str]], signum: signal.Signals
 ) -> None:
@@ -192,6 +192,20 @@ def test_signal_reaches_each_rank_once(
         process.send_signal(signum)  # a scheduler may repeat itself
     assert process.wait(timeout=10) == 0
     assert [json.loads(text) for text in read(tmp_path, "signals", 2)] == [[signum], [signum]]
+
+
+def test_ranks_that_have_saved_end_in_their_own_time(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    body = "time.sleep(0 if rank else 1); publish('left'); sys.exit(75)"
+    with mock.patch.object(launcher, "OWN_EXIT_SECONDS", 0.1):
+        assert run_local(command(tmp_path, body), 2, tmp_path / "logs") == 75
+    assert read(tmp_path, "left", 2) == ["", ""] and capfd.readouterr().err == ""
+
+
+def test_a_rank_that_fails_beside_ranks_that_have_saved_is_named(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert run_local(command(tmp_path, "sys.exit(3 if rank else 75)"), 2, tmp_path / "logs") == 3
+    assert "rank 1 ended with exit code 3" in capfd.readouterr().err
 
 
 def test_second_interrupt_kills(tmp_path: Path, started: list[subprocess.Popen[str]]) -> None:
@@ -279,11 +293,12 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[tuple[RunConfig, dict[str, 
     """Configurations and environments that the trainer was called with; it writes one record."""
     calls: list[tuple[RunConfig, dict[str, str]]] = []
 
-    def train(config: RunConfig) -> None:
+    def train(config: RunConfig) -> bool:
         calls.append((config, dict(os.environ)))
         out = Metrics(config.metrics, config.output_dir, int(os.environ["RANK"]), config.train.steps)
         out.eval(EvalRecord(step=0, loss=2.0, tokens=8))
         out.close()
+        return config.train.steps == 1
 
     trainer = types.ModuleType("moetrain.trainer")
     trainer.train = train
@@ -311,6 +326,12 @@ def test_rank_of_another_launcher_trains_here(tmp_path: Path, run_config: str, t
         assert launch(run_config, processes=2) == 0
     assert len(trained) == 1
     assert not (tmp_path / "out").exists(), "rank 0 alone writes"
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_rank_that_was_told_to_stop_says_so(run_config: str, trained: list[Any], rank: str) -> None:
+    with mock.patch.dict(os.environ, {"RANK": rank, "WORLD_SIZE": "2"}):
+        assert launch(run_config, ["train.steps=9"]) == 75
 
 
 def test_each_local_process_is_a_rank_of_the_verb(run_config: str, monkeypatch: pytest.MonkeyPatch) -> None:

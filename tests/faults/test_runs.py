@@ -95,9 +95,9 @@ FAULTS = [
         "ranks",
         137,
     ),
-    Fault("checkpoint: told to stop", (1, "open", r"\.incomplete/rank-00001"), TERM, "launcher", 0, newest=4),
+    Fault("checkpoint: told to stop", (1, "open", r"\.incomplete/rank-00001"), TERM, "launcher", 75, newest=4),
     Fault("step 7: the launcher is killed", (0, "open", "heartbeat"), KILL, "launcher", -9, newest=4),
-    Fault("step 7: told to stop", (1, "open", "heartbeat"), USR1, "launcher", 0, newest=7),
+    Fault("step 7: told to stop", (1, "open", "heartbeat"), USR1, "launcher", 75, newest=7),
     Fault("export: a rank is killed", (1, "open", r"/model\.incomplete/"), KILL, "rank 1", 137, newest=STEPS),
     Fault("export: all are killed", (0, "os.rename", r"/model\.incomplete$"), KILL, "ranks", 137, newest=STEPS),
 ]
@@ -213,7 +213,7 @@ def suffer(folder: Path, fault: Fault, start: Any, held: Path) -> None:
     assert newest(folder) == fault.newest, fault.name
     if fault.to.startswith("rank"):
         assert "was killed by SIGKILL; the other ranks were stopped" in output, f"[{fault.name}] {output}"
-    if code == 0:
+    if code == 75:
         assert f"stopped by {fault.signum.name} after step {fault.newest}" in output, f"[{fault.name}] {output}"
     begun = [record["start_step"] for record in records(folder, "run") if record["time"] > started.at]
     assert begun == ([] if fault.name.startswith("start") else [before]), f"[{fault.name}] it went on from {begun}"

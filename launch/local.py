@@ -1,0 +1,90 @@
+"""`--local`: a small copy of a run, through submitit's local executor."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import submitit
+
+from launch.job import ROOT
+from launch.run import LOCAL_RANKS, Run, configure, scaled_down
+from moetrain.launcher import USER_ERROR, free_port, rank_environment
+from moetrain.report import config_yaml
+
+TIMEOUT_MINUTES = 30
+POLL_SECONDS = 0.2
+
+
+def run_local(run: Run, raw: Mapping[str, Any], overrides: Sequence[str]) -> int:
+    """Run the small copy, one process a GPU of this machine, or two; shows rank 0's output. Returns the exit code.
+
+    Raises:
+        ValueError: the configuration is wrong.
+    """
+    ranks = _gpus() or LOCAL_RANKS
+    configure(raw)  # what is wrong with the run itself is wrong with its copy too
+    config = configure(scaled_down(run, raw, ranks), overrides)
+    folder = Path(config.output_dir) / "job"
+    folder.mkdir(parents=True, exist_ok=True)
+    config_file = folder.absolute() / "config.yaml"
+    config_file.write_text(config_yaml(config), encoding="utf-8")
+    paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))  # the ranks import this file
+    executor = submitit.LocalExecutor(folder)
+    executor.update_parameters(
+        tasks_per_node=ranks, gpus_per_node=_gpus(), timeout_min=TIMEOUT_MINUTES, stderr_to_stdout=True
+    )
+    job = executor.submit(train_rank, str(config_file), ranks, free_port())
+    print(f"{run.name}, a small copy on {ranks} ranks; its folder: {folder}", flush=True)
+    _show(job)
+    codes = [_code(job.task(rank)) for rank in range(ranks)]
+    if USER_ERROR in codes:  # the ranks that waited for the one that told it failed by that
+        return USER_ERROR
+    for error in (code for code in codes if isinstance(code, Exception)):
+        print(error, file=sys.stderr)
+        return 1
+    return max(code for code in codes if isinstance(code, int))
+
+
+def train_rank(config_file: str, ranks: int, port: int) -> int:
+    """One rank, in a process of submitit's; the exit code of `moetrain train`."""
+    from moetrain.cli import main
+
+    rank = submitit.JobEnvironment().global_rank
+    os.environ.update(rank_environment(rank, ranks, port))
+    return main(["train", config_file])
+
+
+def _code(task: submitit.Job[int]) -> int | Exception:
+    """Exit code of a rank, or the error with which it ended."""
+    try:
+        return task.result()
+    except submitit.core.utils.UncompletedJobError as error:
+        return error
+
+
+def _show(job: submitit.Job[int]) -> None:
+    """Copy rank 0's log to this terminal until the job has ended."""
+    log = job.task(0).paths.stdout
+    shown = 0
+    while True:
+        done = job.done()
+        if log.exists():
+            text = log.read_bytes()[shown:]
+            shown += len(text)
+            sys.stdout.write(text.decode(errors="replace"))
+            sys.stdout.flush()
+        if done:
+            return
+        time.sleep(POLL_SECONDS)
+
+
+def _gpus() -> int:
+    import torch
+
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0

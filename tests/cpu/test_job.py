@@ -1,0 +1,229 @@
+"""The batch script: what reaches it and what cannot, and the requeue protocol of `job.sh`."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from containers.spec import PYXIS_OPTIONS
+from launch.job import ROOT
+from moetrain.config import load_config
+from tests.launches import RUN, container, make_job, write_site
+
+
+@pytest.fixture
+def shared(tmp_path: Path) -> Path:
+    (tmp_path / "shared").mkdir()
+    return tmp_path / "shared"
+
+
+# --- injection ----------------------------------------------------------------------------------------------------
+
+EVIL = ["x\n#SBATCH --uid=0", "x\r\ntouch pwned", "x\0", "x\x1b[2K", "x\u2028y"]
+QUOTED = ["$(touch pwned)", "`touch pwned`", "'; touch pwned; '", '"; touch pwned; "', "a b", "#", "\\", "*", "!x", "~"]
+
+
+@pytest.mark.parametrize("evil", EVIL)
+def test_control_characters_reach_no_script(shared: Path, evil: str) -> None:
+    with pytest.raises(ValueError, match="name"):
+        replace(RUN, name=evil)
+    with pytest.raises(ValueError, match="comment of the run holds the control character"):
+        replace(RUN, comment=evil)
+    job = make_job(write_site(shared))
+    site = job.site
+    for broken in (
+        replace(job, comment=evil),
+        replace(job, folder=Path(f"/shared/{evil}")),
+        replace(job, configs=(job.configs[0].model_copy(update={"output_dir": evil}),)),
+        replace(job, site=site.model_copy(update={"environment": {"NCCL_DEBUG": evil}})),
+        replace(job, site=site.model_copy(update={"environment": {evil: "1"}})),
+        replace(job, site=site.model_copy(update={"secrets": {"HF_TOKEN_PATH": f"/{evil}"}})),
+        replace(job, site=site.model_copy(update={"slurm": site.slurm.model_copy(update={"partition": evil})})),
+        replace(job, site=site.model_copy(update={"paths": site.paths.model_copy(update={"shared": f"/{evil}"})})),
+    ):
+        with pytest.raises(ValueError, match="holds the control character"):
+            broken.script()
+
+
+@pytest.mark.parametrize("evil", QUOTED)
+def test_what_the_shell_could_take_for_code_stays_text(shared: Path, evil: str, tmp_path: Path) -> None:
+    """The lines before the step are run by bash: values come out as they went in, and nothing else happens."""
+    job = make_job(write_site(shared))
+    site = job.site.model_copy(update={"environment": {"VALUE": evil}})
+    job = replace(
+        job, site=site, comment=evil, configs=(job.configs[0].model_copy(update={"output_dir": f"runs/{evil}"}),)
+    )
+    script = job.script()
+    (line,) = [line for line in script.splitlines() if line.startswith("#SBATCH --comment=")]
+    assert shlex.split(line.removeprefix("#SBATCH "), comments=False) == [f"--comment={evil}"]
+    lines = script.partition("# setup\n")[2].partition("source ")[0]
+    probe = f'{lines}\nprintf "%s\\0" "$VALUE" "${{OUTPUT_DIRS[0]}}" "$JOB_DIR"'
+    result = subprocess.run(["bash", "-c", probe], capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert result.stdout.split("\0")[:3] == [evil, f"runs/{evil}", str(job.folder)]
+    assert not (tmp_path / "pwned").exists()
+
+
+def test_the_script_is_bash(shared: Path) -> None:
+    for flags in ([], ["--array", "optim.lr=1,2"], ["--spares", "1"]):
+        subprocess.run(["bash", "-n"], input=make_job(write_site(shared), *flags).script(), text=True, check=True)
+    subprocess.run(["bash", "-n", str(ROOT / "launch" / "job.sh")], check=True)
+
+
+def test_variables_of_sbatch_are_taken_out(shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They would win over the lines of the script."""
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    (tools / "sbatch").write_text(f"#!/bin/sh\nenv > {tmp_path}/seen\necho Submitted batch job 12\n")
+    (tools / "sbatch").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tools}:{os.environ['PATH']}")
+    monkeypatch.setenv("SBATCH_EXPORT", "ALL")
+    monkeypatch.setenv("SBATCH_PARTITION", "elsewhere")
+    assert make_job(write_site(shared)).submit().job_id == "12"
+    seen = (tmp_path / "seen").read_text()
+    assert "SBATCH_" not in seen and "PATH=" in seen
+
+
+# --- the job ------------------------------------------------------------------------------------------------------
+
+
+def test_ranks_get_the_variables_of_the_site_and_their_own(shared: Path) -> None:
+    tables = ['[environment]\nNCCL_DEBUG = "WARN"', '[infiniband]\ndevices = ["mlx5_1"]']
+    bare = make_job(write_site(shared, *tables))
+    image = shared / "image.sqsh"
+    boxed = make_job(write_site(shared, *tables, container(image, 'env = ["TERM"]')))
+    own = {"MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "OMP_NUM_THREADS", "PYTHONUNBUFFERED"}
+    site = {"NCCL_DEBUG", "NCCL_IB_HCA", "NVSHMEM_HCA_LIST", "EP_NIC_NAME"}
+    assert set(bare.allowed()) == own | site | {"HOME", "LANG", "PATH", "USER"}
+    assert set(boxed.allowed()) == own | site | {"TERM"}
+    arguments = boxed.train_arguments()
+    assert f"--export={','.join(boxed.allowed())}" in arguments
+    assert f"--container-env={','.join(boxed.allowed())}" in arguments
+    options = [word.removeprefix("--").partition("=")[0] for word in arguments if "container" in word]
+    assert options and set(options) <= PYXIS_OPTIONS
+
+
+def test_preflight_sees_the_image_and_its_hash(shared: Path) -> None:
+    image = shared.parent / "image.sqsh"
+    Path(f"{image}.sha256").write_text(f"{'ab' * 32}  image.sqsh\n")
+    site = write_site(shared, container(image, mounts=f"{shared}:{shared}"), slurm="")
+    site.write_text(site.read_text().replace("preflight = false", "preflight = true"))
+    job = make_job(site, "--spares", "3")
+    words = job.preflight_command()
+    assert words[:4] == ["srun", "--nodes=5", "--ntasks=5", "--ntasks-per-node=1"]
+    assert f"--container-mounts={shared}:{shared},{image}:{image}:ro" in words
+    assert words[words.index("--image") + 1] == f"{image}={'ab' * 32}"
+    assert words[words.index("--site") + 1] == str(job.folder / "site.toml")
+    job.write()
+    environment = {"PATH": os.environ["PATH"], "PYTHONPATH": str(job.folder)}
+    command = [sys.executable, "-m", "cluster.preflight", "--site", str(job.folder / "site.toml"), "infiniband"]
+    result = subprocess.run(command, cwd="/", env=environment, capture_output=True, text=True)
+    assert result.returncode == 3, "the copy in the job's folder runs by itself"
+
+
+def test_what_is_edited_later_does_not_change_a_waiting_job(shared: Path) -> None:
+    site = write_site(shared)
+    job = make_job(site)
+    job.write()
+    assert load_config(job.folder / "config.yaml") == job.configs[0]
+    assert (job.folder / "site.toml").read_text() == site.read_text()
+    assert (job.folder / "job.sh").read_text() == (ROOT / "launch" / "job.sh").read_text()
+
+
+def test_site_settings_become_sbatch_lines(shared: Path) -> None:
+    slurm = 'partition = "p"\naccount = "a"\nqos = "q"\nreservation = "r"\nconstraint = "h100&ib"\n'
+    slurm += 'exclude = ["n1", "n[4-5]"]\nmemory_gb = 64\ncpus_per_task = 6\nrequest_gpus = false'
+    script = make_job(write_site(shared, "[topology]\nmax_switches = 2\nwait_minutes = 30", slurm=slurm)).script()
+    lines = [line.removeprefix("#SBATCH ") for line in script.splitlines() if line.startswith("#SBATCH")]
+    wanted = ["--partition=p", "--account=a", "--qos=q", "--reservation=r", "--constraint='h100&ib'", "--mem=64GB"]
+    wanted += ["--exclude='n1,n[4-5]'", "--cpus-per-task=6", "--switches=2@30", "--requeue", "--export=NIL"]
+    assert set(wanted) <= set(lines)
+    assert not any("gpus" in line for line in lines) and "EXCLUDE='n1,n[4-5]'" in script
+
+
+# --- job.sh: what happens when the step has ended -----------------------------------------------------------------
+
+SCONTROL = """#!/bin/sh
+echo "$@" >> {folder}/scontrol
+[ "$1" != requeue ] || exit {code}
+"""
+
+
+def end_of_job(
+    folder: Path, codes: list[int | tuple[int, int]], requeue_fails: bool = False
+) -> tuple[list[int], str, str]:
+    """Run the end of a job once for each exit code of its step; with (code, step) a checkpoint appears before.
+
+    Returns the exit codes of the batch script, what it said, and its calls of scontrol.
+    """
+    tools = folder / "bin"
+    tools.mkdir()
+    (tools / "scontrol").write_text(SCONTROL.format(folder=folder, code=int(requeue_fails)))
+    (tools / "scontrol").chmod(0o755)
+    (folder / "scontrol").touch()
+    ends, said = [], ""
+    for start, item in enumerate(codes):
+        code, step = item if isinstance(item, tuple) else (item, None)
+        script = f"""
+            JOB_DIR={folder} OUTPUT_DIRS=({folder}/out) NODES=1 RANKS_PER_NODE=1 EXCLUDE=n9 PREFLIGHT=()
+            source {ROOT}/launch/job.sh
+            begin
+            {f"mkdir -p {folder}/out/checkpoints/step-{step:08d}" if step is not None else ""}
+            finish {code}
+        """
+        environment = {
+            "PATH": f"{tools}:{os.environ['PATH']}",
+            "SLURM_JOB_ID": "7",
+            "SLURM_JOB_NODELIST": "n[1-2]",
+            "SLURM_RESTART_COUNT": str(start),
+        }
+        result = subprocess.run(["bash", "-u", "-c", script], env=environment, capture_output=True, text=True)
+        assert result.stderr == "", result.stderr
+        ends.append(result.returncode)
+        said += result.stdout
+    return ends, said, (folder / "scontrol").read_text()
+
+
+def test_a_finished_job_is_not_requeued(tmp_path: Path) -> None:
+    assert end_of_job(tmp_path, [0])[::2] == ([0], "")
+
+
+@pytest.mark.parametrize("code", [2, 126, 127])
+def test_what_a_restart_would_not_mend_ends_the_job(tmp_path: Path, code: int) -> None:
+    ends, said, calls = end_of_job(tmp_path, [code])
+    assert (ends, calls) == ([code], "") and "a restart would not mend this" in said
+
+
+@pytest.mark.parametrize("code", [75, 1, 137, 143])
+def test_other_ends_requeue_once(tmp_path: Path, code: int) -> None:
+    ends, said, calls = end_of_job(tmp_path, [(code, 12)])
+    assert (ends, calls) == ([75], "requeue 7\n")
+    assert "newest checkpoint: step 12; restarts without a new one: 0; requeued" in said
+
+
+def test_three_restarts_without_a_new_checkpoint_end_the_job(tmp_path: Path) -> None:
+    ends, said, calls = end_of_job(tmp_path, [1, 75, 137, 1])
+    assert ends == [75, 75, 75, 79] and calls == "requeue 7\n" * 3
+    assert "3 restarts brought no new checkpoint (newest: step -1): not requeued" in said
+
+
+def test_a_new_checkpoint_forgives_earlier_restarts(tmp_path: Path) -> None:
+    ends, _, _ = end_of_job(tmp_path, [1, 1, 1, (1, 100), 1, 1, 1, 1])
+    assert ends == [75] * 7 + [79]
+
+
+def test_a_checkpoint_that_is_not_complete_does_not_count(tmp_path: Path) -> None:
+    (tmp_path / "out/checkpoints/step-00000090.incomplete").mkdir(parents=True)
+    (tmp_path / "out/checkpoints/step-00000008").mkdir()
+    _, said, _ = end_of_job(tmp_path, [(75, 9)])
+    assert "newest checkpoint: step 9;" in said  # and 08 is no octal number
+
+
+def test_a_job_that_cannot_be_requeued_says_what_to_do(tmp_path: Path) -> None:
+    ends, said, _ = end_of_job(tmp_path, [(75, 3)], requeue_fails=True)
+    assert ends == [75] and "submit it again, and it goes on from its newest checkpoint" in said
