@@ -60,18 +60,18 @@ def layout(world: int, ep_size: int = 1, dp_replicate_size: int = 1, dispatch: s
 
 
 def check_ep_divides(num_experts: int, ep_size: int, fsdp_size: int) -> None:
-    """Raises ValueError, listing the valid sizes, where `ep_size` ranks cannot share the experts evenly, or a replica has
-    more ranks than experts: some would hold none."""
+    """Raises ValueError, listing the valid sizes, where `ep_size` ranks cannot share the experts evenly, or where a
+    replica has more ranks than experts: some would hold none."""
+    if num_experts % ep_size:
+        valid = [size for size in _divisors(fsdp_size) if num_experts % size == 0]
+        raise ValueError(
+            f"ep_size={ep_size} does not divide the model's {num_experts} experts; valid on {fsdp_size} ranks: {valid}"
+        )
     if ep_size > 1 and num_experts < fsdp_size:
         replicas = next(size for size in _divisors(fsdp_size) if fsdp_size // size <= num_experts)
         raise ValueError(
             f"the model's {num_experts} experts cannot be spread over the {fsdp_size} ranks of a replica; set "
             f"dp_replicate_size to {replicas} times what it is, or use fewer ranks"
-        )
-    if num_experts % ep_size:
-        valid = [size for size in _divisors(fsdp_size) if num_experts % size == 0]
-        raise ValueError(
-            f"ep_size={ep_size} does not divide the model's {num_experts} experts; valid on {fsdp_size} ranks: {valid}"
         )
 
 

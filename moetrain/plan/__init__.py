@@ -1,1 +1,29 @@
 """Memory, time and goodput of a run before it is launched, and one of its ranks simulated alone."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from moetrain.config import RunConfig
+    from moetrain.plan.search import Plan
+
+__all__ = ["plan_run"]
+
+
+def plan_run(config: RunConfig, nodes: int, gpus_per_node: int, gpu: str) -> Plan:
+    """The plan of a run in the layout that its configuration says; `.render()` is its text.
+
+    Args:
+        gpu: key of `moetrain.plan.constants.GPUS`.
+
+    Raises:
+        ValueError: an unknown GPU, sizes that do not divide ranks or experts, or a model that cannot be planned.
+    """
+    from moetrain.plan.search import Choices, Machine, make_plan  # not before it is needed: it brings torch
+
+    parallel = config.parallel
+    own = Choices(
+        parallel.ep_size, parallel.dp_replicate_size, config.data.batch_size, config.model.activation_checkpointing
+    )
+    return make_plan(config, Machine(nodes, gpus_per_node, gpu), own)

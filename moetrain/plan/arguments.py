@@ -22,7 +22,9 @@ def add_plan(verbs: Any, add: Callable[..., argparse.ArgumentParser], run: Calla
     )
     sub.add_argument("config", metavar="CONFIG", nargs="?", help="YAML file of the run")
     sub.add_argument("overrides", nargs="*", metavar="a.b=c", help="overrides, such as optim.lr=1e-5")
-    sub.add_argument("--model", metavar="NAME_OR_DIR", help="instead of CONFIG: a config.json's directory, a hub id, a name")
+    sub.add_argument(
+        "--model", metavar="NAME_OR_DIR", help="instead of CONFIG: a config.json's directory, a hub id, a name"
+    )
     sub.add_argument("--nodes", type=int, default=1, metavar="N", help="default: 1")
     sub.add_argument("--gpus-per-node", type=int, default=8, metavar="N", help="default: 8")
     sub.add_argument("--gpu", default="h100-80gb", metavar="KIND", help=f"{', '.join(GPUS)} (default: h100-80gb)")
@@ -32,8 +34,12 @@ def add_plan(verbs: Any, add: Callable[..., argparse.ArgumentParser], run: Calla
     sub.add_argument("--checkpointing", default="auto", choices=("auto", "none", "selective", "full"))
     sub.add_argument("--seq-len", type=int, metavar="N", help="instead of data.seq_len")
     sub.add_argument("--states", metavar="KIND", help="instead of optim.states")
-    sub.add_argument("--storage", type=float, default=STORAGE_GB_S, metavar="GB/s", help="that a node writes (default: 2)")
-    sub.add_argument("--restart", type=float, default=RESTART_SECONDS, metavar="S", help="from a stop on (default: 300)")
+    sub.add_argument(
+        "--storage", type=float, default=STORAGE_GB_S, metavar="GB/s", help="that a node writes (default: 2)"
+    )
+    sub.add_argument(
+        "--restart", type=float, default=RESTART_SECONDS, metavar="S", help="from a stop on (default: 300)"
+    )
     sub.add_argument("--top", type=int, default=5, metavar="N", help="layouts to show (default: 5)")
     sub.add_argument("--plot", metavar="FILE", help="draw memory and time as a PNG")
     sub.add_argument("--json", action="store_true", help="for programs")

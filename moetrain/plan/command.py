@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +23,16 @@ DOES_NOT_FIT = 1
 
 
 def run(args: argparse.Namespace) -> int:
-    """Plan, or simulate one rank; returns the exit code."""
+    """Plan, or simulate one rank; returns the exit code.
+
+    Raises:
+        ValueError: what was asked for is wrong; the message says how to mend it.
+    """
+    for flag in ("nodes", "gpus_per_node", "top", "steps"):
+        if getattr(args, flag) < 1:
+            raise ValueError(f"--{flag.replace('_', '-')} must be at least 1, not {getattr(args, flag)}")
+    if min(args.storage, args.restart) <= 0:
+        raise ValueError("--storage and --restart must be above 0")
     config = run_config(args.config, args.model, args.overrides, args.seq_len, args.states)
     machine = Machine(args.nodes, args.gpus_per_node, args.gpu, args.storage, args.restart)
     choices = Choices(_size(args.ep, "--ep"), _size(args.replicas, "--replicas"), _size(args.batch, "--batch"))
@@ -32,6 +42,7 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps(result) if args.json else "\n".join(f"{name}: {value}" for name, value in result.items()))
         return 0
     console = Console(stderr=True)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # once for every trace
     with console.status("") as status:
         plan = make_plan(config, machine, choices, args.top, status.update)
     if args.json:
@@ -58,7 +69,8 @@ def run_config(
     """
     overrides = list(overrides)
     if model is not None and path is not None and "=" in path:
-        path, overrides = None, [path, *overrides]
+        overrides.insert(0, path)
+        path = None
     if (path is None) == (model is None):
         raise ValueError("moetrain plan takes a run's YAML file or --model, one of them")
     overrides += [f"data.seq_len={seq_len}"] if seq_len else []

@@ -11,17 +11,23 @@ GIB = 2**30
 
 # --- memory -----------------------------------------------------------------------------------------------------------
 
-FRAGMENTATION = 0.04
-"""Of what is allocated, lost between blocks. An allowance, not a measurement: torch's allocator cuts large blocks in
-pieces of 2 MiB, and a CUDA graph's pool gives nothing back to the rest of the step."""
+FRAGMENTATION_CAPTURED = 0.25
+"""What a captured step takes from the GPU beyond its peak and `OUTSIDE_ALLOCATOR`: 22 to 26 % in four runs of
+Qwen3-30B-A3B (4 H200: 89.5 GiB at a peak of 69.2, 82.9 at 66.0). A graph's pool gives nothing back, and a gradient does
+not fit into the gaps that activations leave."""
+FRAGMENTATION = 0.10
+"""The same of an eager step. An allowance: eager runs took 24 % more as well, but on GPUs with room to spare, where
+nothing makes torch give back the blocks that it keeps for reuse."""
 OUTSIDE_ALLOCATOR = int(2.5 * GIB)
 """CUDA's context, libraries' workspaces and NCCL's buffers. An allowance, not a measurement."""
 NVLINK_RANKS = 8
 """Ranks that a trace of the `nvlink` dispatcher has, a node's. Their number changes its tables alone, 1 MB a layer."""
 CAPACITY = 1.25
 """Rows that a dispatcher of static shape lays out, over tokens * top_k. `moetrain.graph` takes 1.15 of the fullest call
-that it has seen (`MARGIN`); a rank's fullest call is near 1.1 of the mean for a balanced router. Random routers are
-worse: 1.43 to 1.51 (8 H200, Qwen3-30B-A3B)."""
+of any rank (`MARGIN`), here of 1.09 times the mean. Routers of random weights are worse, see `RANDOM_WEIGHTS`."""
+RANDOM_WEIGHTS = 1.51
+"""Rows of the fullest rank of a layer over the mean where a learned gate has random weights: 1.43 to 1.51 (8 H200,
+Qwen3-30B-A3B)."""
 
 # --- time -------------------------------------------------------------------------------------------------------------
 
@@ -55,8 +61,8 @@ NVLINK_PUSH = 320 / 450
 COLLECTIVES = 330 / 450
 """NCCL's all-gather and reduce-scatter: 303 to 345 GB/s."""
 HIDDEN = 0.45
-"""Of what FSDP2 gathers and reduces, behind computation, at most. Transformers with FSDP2 alone, Qwen3-30B-A3B on 8 H200:
-818 ms a pass, 690 of them with collectives running, beside about 430 of computation."""
+"""Of what FSDP2 gathers and reduces, behind computation, at most. Transformers with FSDP2 alone, Qwen3-30B-A3B on 8
+H200: 818 ms a pass, 690 of them with collectives running, beside about 430 of computation."""
 NETWORK = 45 / 50
 """Of a 400 Gb/s port. DeepEP's kernels reach 49 to 51 GB/s at EP=64, 40 to 47 through torch (its README, and that of
 its hybrid-ep branch)."""
@@ -93,7 +99,12 @@ GPUS = {
     ),
     "h200": Gpu(143_771 * 2**20, 989, 4800, 450, 50, "NVIDIA H200 SXM datasheet; rates measured, docs/measured.md"),
     "b200": Gpu(
-        183_359 * 2**20, 2250, 7700, 900, 50, "NVIDIA HGX B200 datasheet; rates scaled from the H200's, never run on one"
+        183_359 * 2**20,
+        2250,
+        7700,
+        900,
+        50,
+        "NVIDIA HGX B200 datasheet; rates scaled from the H200's, never run on one",
     ),
 }
 """Kinds that `--gpu` knows."""

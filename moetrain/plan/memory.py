@@ -26,7 +26,7 @@ from moetrain.config import OptimConfig
 from moetrain.families import experts_modules
 from moetrain.fsdp import KEPT_SHARE
 from moetrain.optim import build_optimizer
-from moetrain.plan.constants import FRAGMENTATION, OUTSIDE_ALLOCATOR
+from moetrain.plan.constants import FRAGMENTATION, FRAGMENTATION_CAPTURED, OUTSIDE_ALLOCATOR
 from moetrain.plan.trace import Event, StepTrace, sharded_modules
 
 HELD = ("weights", "gradients", "optimizer", "gathered")
@@ -108,6 +108,8 @@ class Memory:
     """Buffers that other ranks write into, beside the allocator."""
     moment: str
     """What the step does then."""
+    captured: bool = False
+    """Forward and backward are one CUDA graph."""
 
     @property
     def allocated(self) -> int:
@@ -116,7 +118,8 @@ class Memory:
 
     @property
     def fragmentation(self) -> int:
-        return round(FRAGMENTATION * self.allocated)
+        """Taken from the GPU, and neither in use nor given back."""
+        return round((FRAGMENTATION_CAPTURED if self.captured else FRAGMENTATION) * self.allocated)
 
     @property
     def needed(self) -> int:
@@ -143,15 +146,20 @@ def units_of(model: PreTrainedModel, optim: OptimConfig) -> list[Unit]:
         state = sum(value.nbytes for value in states if value.shape) / parameter.numel()
         unit = owner[innermost(name, owner)]
         unit.parameters.append(
-            Parameter(
-                name, tuple(parameter.shape), parameter.itemsize, state, unit.in_experts, parameter.requires_grad
-            )
+            Parameter(name, tuple(parameter.shape), parameter.itemsize, state, unit.in_experts, parameter.requires_grad)
         )
     return [unit for unit in units if unit.parameters]
 
 
 def memory_of(
-    trace: StepTrace, units: Sequence[Unit], layout: Layout, *, gpu_bytes: float, passes: int = 1, keep: str = "auto"
+    trace: StepTrace,
+    units: Sequence[Unit],
+    layout: Layout,
+    *,
+    gpu_bytes: float,
+    passes: int = 1,
+    keep: str = "auto",
+    captured: bool = False,
 ) -> Memory:
     """Memory of a step of `passes` forwards and backwards under a layout.
 
@@ -159,6 +167,7 @@ def memory_of(
         trace: of one pass; its dispatch must fit `layout.ep`.
         gpu_bytes: of the GPU, which decides what `keep="auto"` does.
         keep: `parallel.keep_gathered` of the run.
+        captured: forward and backward are one CUDA graph.
     """
     held = _Held(units, layout, gpu_bytes, passes, keep)
     best: dict[str, int] = {}
@@ -168,7 +177,7 @@ def memory_of(
             kinds = held.kinds() | live
             if sum(kinds.values()) > sum(best.values()):
                 best, moment = kinds, f"{'backward' if event.backward else 'forward'} of {event.name or 'the model'}"
-    return Memory(best, exchange_bytes(trace, layout), moment)
+    return Memory(best, exchange_bytes(trace, layout), moment, captured)
 
 
 def keeps_gathered(units: Sequence[Unit], layout: Layout, gpu_bytes: float, keep: str) -> bool:

@@ -19,8 +19,8 @@ from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry
 
 PARTS = ("cudnn attention", "attention", "dense", "experts", "head", "recurrent", "fp32", "passes")
-"""cuDNN's attention, and flash or memory-efficient attention; products of dense layers; of experts; of the head; scans of
-recurrent layers; products in fp32, which tensor cores do not take; and passes over memory."""
+"""cuDNN's attention, and flash or memory-efficient attention; products of dense layers; of experts; of the head; scans
+of recurrent layers; products in fp32, which tensor cores do not take; and passes over memory."""
 
 
 SCAN_CHUNK = 128
@@ -59,7 +59,8 @@ def cost_of(func: Any, args: Any, kwargs: Any, out: Any, in_head: bool) -> Cost:
     if "scaled_dot_product" in name:
         # half of the scores are masked, and kernels skip them
         flops = flop_registry[packet](*args, **kwargs, out_val=out) / 2
-        return Cost({"attention": Work(flops, 0, 1)}, _torch_attention_scratch(name, args))
+        part = "cudnn attention" if "cudnn" in name else "attention"
+        return Cost({part: Work(flops, 0, 1)}, _torch_attention_scratch(name, args))
     if name in _PRODUCTS:
         left = args[_PRODUCTS[name]]
         part = "fp32" if left.dtype == torch.float32 else "head" if in_head else "dense"
@@ -72,7 +73,8 @@ def _attend(
 ) -> Cost:
     """`moetrain::attention`: half of the scores are masked, with a window more."""
     rows, length, heads, size = q.shape
-    keys = length / 2 if window is None else min(window, length / 2)
+    seen = min(window or length, length)
+    keys = seen - seen**2 / (2 * length)
     flops = 2 * rows * heads * length * keys * (size + v.shape[-1])
     return Cost({"cudnn attention" if backend == "cudnn" else "attention": Work(flops, 0, 1)})
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from io import StringIO
 from itertools import islice
 from typing import Any
 
+from rich.console import Console
 from transformers import PreTrainedModel
 
 from moetrain import families, mesh
@@ -93,11 +95,19 @@ class Plan:
     def best(self) -> Candidate:
         return self.fitting[0] if self.fitting else self.smallest
 
+    def render(self, width: int = 100) -> str:
+        """The text that `moetrain plan` prints, without colours."""
+        from moetrain.plan.show import print_plan  # which knows this class
+
+        out = StringIO()
+        print_plan(self, Console(file=out, width=width, color_system=None))
+        return out.getvalue()
+
 
 def make_plan(
     config: RunConfig,
     machine: Machine,
-    choices: Choices = Choices(),  # noqa: B008 - it is immutable
+    choices: Choices = Choices(),
     top: int = 5,
     progress: Callable[[str], None] = lambda text: None,
 ) -> Plan:
@@ -150,7 +160,9 @@ class Planner:
 
     def trace(self, step: Step) -> StepTrace:
         if step not in self.traces:
-            self.progress(f"tracing {step.batch} x {step.seq_len:,} tokens, {step.dispatch}, recompute {step.checkpointing}")
+            self.progress(
+                f"tracing {step.batch} x {step.seq_len:,} tokens, {step.dispatch}, recompute {step.checkpointing}"
+            )
             self.traces[step] = trace_step(self.build, step)
         return self.traces[step]
 
@@ -169,13 +181,15 @@ class Planner:
             rows_over_mean=constants.CAPACITY if dispatch == "nvlink" else 1.0,
             packed=config.data.packing and config.data.document_mask,
             loss=config.train.loss,
-            kernels=config.model.kernels,
+            kernels="torch" if config.model.attn_implementation or config.model.kernels == "torch" else "auto",
             compiled=config.train.compile != "off",
         )
         trace = self.trace(step) if exact else self.estimate(step)
         passes, keep = config.train.grad_accum, config.parallel.keep_gathered
         captured = dispatch != "alltoall" and config.train.cuda_graph != "off"
-        memory = memory_of(trace, self.units, layout, gpu_bytes=gpu.memory_bytes, passes=passes, keep=keep)
+        memory = memory_of(
+            trace, self.units, layout, gpu_bytes=gpu.memory_bytes, passes=passes, keep=keep, captured=captured
+        )
         time = time_of(trace, self.units, layout, gpu, passes=passes, keep=keep, captured=captured)
         return Candidate(layout, step, captured, memory, time, memory.needed <= gpu.memory_bytes)
 
@@ -229,17 +243,20 @@ class Planner:
             ValueError: a chosen size does not divide; the message lists those that do.
         """
         nodes, gpus = self.machine.nodes, self.machine.gpus_per_node
-        world = nodes * gpus
-        found = []
+        found: list[Layout] = []
+        errors: list[ValueError] = []
         for replicas in [choices.replicas] if choices.replicas else _divisors(nodes):
-            fsdp = mesh.layout(world, 1, replicas).fsdp_size
-            for ep in [choices.ep] if choices.ep else _divisors(fsdp):
-                if choices.ep and (choices.replicas or replicas == 1):
-                    mesh.layout(world, ep, replicas)
+            for ep in [choices.ep] if choices.ep else _divisors(nodes * gpus // replicas):
+                try:
+                    fsdp = mesh.layout(nodes * gpus, ep, replicas).fsdp_size
                     for count in self.num_experts:
                         mesh.check_ep_divides(count, ep, fsdp)
-                if fsdp % ep == 0 and all(count % ep == 0 for count in self.num_experts):
+                except ValueError as error:
+                    errors.append(error)
+                else:
                     found.append(Layout(nodes, gpus, ep, replicas))
+        if not found:
+            raise errors[0]
         return found
 
 

@@ -13,6 +13,7 @@ from moetrain.auto import AutoModelForCausalLM
 from moetrain.bench.shapes import SHAPES
 from moetrain.config import ModelConfig
 from moetrain.create import load_model_config, new_config
+from moetrain.prepare import DTYPES
 
 _NEMOTRON_3: dict[str, Any] = {
     "model_type": "nemotron_h", "vocab_size": 131072, "num_key_value_heads": 2, "head_dim": 128,
@@ -36,8 +37,6 @@ LARGE: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 """Beside `moetrain.bench.shapes`, models that need many nodes: nvidia/NVIDIA-Nemotron-3-Super-120B-A12B-BF16 and
 -Ultra-550B-A55B-BF16. Their layers for multi-token prediction are left out, as Transformers leaves them out."""
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def find_config(model: ModelConfig) -> PreTrainedConfig:

@@ -38,9 +38,10 @@ def print_plan(plan: Plan, console: Console) -> None:
         console.print(_layout_table(plan, [plan.smallest]))
         console.print(_change_table(plan))
     console.print(_memory_table(best, plan))
+    console.print(f"at its fullest: the {best.memory.moment}", highlight=False)
     console.print(_time_table(best))
     for line in expectations(plan):
-        console.print(line, highlight=False)
+        console.print(line, highlight=False, soft_wrap=True)
 
 
 def expectations(plan: Plan) -> list[str]:
@@ -83,24 +84,29 @@ def draw_plan(plan: Plan, path: Path) -> None:
     if plan.own is not None and plan.own not in shown:
         shown.append(plan.own)
     figure, (memory, time) = plt.subplots(1, 2, figsize=(13, 1.6 + 0.55 * len(shown)), layout="constrained")
-    labels = [_name(candidate) + (" (yours)" if candidate is plan.own else "") for candidate in shown]
+    labels = [_name(candidate) + " (yours)" * (candidate == plan.own) for candidate in shown]
     _stack(memory, labels, [_memory_parts(candidate) for candidate in shown], [1 / GIB] * len(shown))
     memory.axvline(plan.machine.kind.memory_bytes / GIB, color="black", linestyle="--", label=plan.machine.gpu)
     memory.set_xlabel("GiB on a rank")
-    _stack(time, labels, [candidate.time.parts for candidate in shown], [1e6 / candidate.time.tokens for candidate in shown])
+    _stack(
+        time,
+        labels,
+        [candidate.time.parts for candidate in shown],
+        [1e6 / candidate.time.tokens for candidate in shown],
+    )
     time.set_xlabel("milliseconds for 1,000 tokens of a rank")
     time.set_yticklabels([])
     for axes in (memory, time):
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=4, frameon=False, fontsize=8)
         axes.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(f"{plan.config.model.path} on {plan.machine.nodes} x {plan.machine.gpus_per_node} {plan.machine.gpu}")
+    figure.suptitle(
+        f"{plan.config.model.path} on {plan.machine.nodes} x {plan.machine.gpus_per_node} {plan.machine.gpu}"
+    )
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
 
-def _stack(
-    axes: Axes, labels: Sequence[str], bars: Sequence[dict[str, float]], units: Sequence[float]
-) -> None:
+def _stack(axes: Axes, labels: Sequence[str], bars: Sequence[dict[str, float]], units: Sequence[float]) -> None:
     """A bar for each label, in parts; values are multiplied by the bar's unit."""
     widths = {part: [parts[part] * unit for parts, unit in zip(bars, units, strict=True)] for part in bars[0]}
     longest = max(map(sum, zip(*widths.values(), strict=True)))
@@ -126,14 +132,21 @@ def _memory_parts(candidate: Candidate) -> dict[str, float]:
 
 
 def _layout_table(plan: Plan, candidates: Sequence[Candidate]) -> Table:
-    table = Table("", title="layouts", title_justify="left", box=box.SIMPLE_HEAD)
-    for column in ("ep", "fsdp", "rep.", "batch"):
+    table = Table(
+        "",
+        title="layouts, GiB and rates of a GPU",
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        collapse_padding=True,
+        pad_edge=False,
+    )
+    for column in ("ep", "fsdp", "rep", "batch"):
         table.add_column(column, justify="right")
     table.add_column("recompute")
     table.add_column("dispatch")
-    for column in ("GiB", "tok/s/GPU", "TFLOP/s"):
+    for column in ("GiB", "tokens/s", "TFLOP/s"):
         table.add_column(column, justify="right")
-    rows = [(str(number), candidate) for number, candidate in enumerate(candidates, 1)]
+    rows = [(f"{number}" + " yours" * (each == plan.own), each) for number, each in enumerate(candidates, 1)]
     if plan.own is not None and plan.own not in candidates:
         rows.append(("yours", plan.own))
     for name, candidate in rows:
@@ -143,7 +156,9 @@ def _layout_table(plan: Plan, candidates: Sequence[Candidate]) -> Table:
             *(str(size) for size in (layout.ep, layout.fsdp, layout.replicas, step.batch)),
             step.checkpointing,
             step.dispatch,
-            f"{candidate.memory.needed / GIB:.1f}" if candidate.fits else f"[red]{candidate.memory.needed / GIB:.1f}[/]",
+            f"{candidate.memory.needed / GIB:.1f}"
+            if candidate.fits
+            else f"[red]{candidate.memory.needed / GIB:.1f}[/]",
             f"{candidate.time.tokens_per_second:,.0f}",
             f"{candidate.time.tflops:,.0f}",
         )
@@ -163,9 +178,7 @@ def _change_table(plan: Plan) -> Table:
 
 
 def _memory_table(candidate: Candidate, plan: Plan) -> Table:
-    title = f"memory of a rank in the {candidate.memory.moment}, where it is fullest"
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, title_style="italic", min_width=len(title))
-    table.add_column("kind")
+    table = Table("kind", title="memory of a rank", title_justify="left", box=box.SIMPLE_HEAD)
     table.add_column("GiB", justify="right")
     for kind, size in _memory_parts(candidate).items():
         table.add_row(kind, f"{size / GIB:.2f}")

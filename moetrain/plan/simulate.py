@@ -24,16 +24,13 @@ import moetrain.moe.dispatch.collectives as collectives
 from moetrain import mesh
 from moetrain.auto import AutoModelForCausalLM
 from moetrain.config import RunConfig
-from moetrain.fsdp import keep_gathered
-from moetrain.loss import install_loss
+from moetrain.families import experts_modules
 from moetrain.moe.layer import ep_implementation
-from moetrain.moe.router import set_gate
-from moetrain.optim import build_optimizer
-from moetrain.parallelize import checkpoint_activations
 from moetrain.plan.constants import GIB
 from moetrain.plan.memory import Layout
 from moetrain.plan.search import Choices, Machine, Planner
-from moetrain.plan.shapes import DTYPES, find_config
+from moetrain.plan.shapes import find_config
+from moetrain.prepare import DTYPES, StepParts, step_parts
 
 
 def simulate(config: RunConfig, machine: Machine, choices: Choices, rank: int, steps: int = 3) -> dict[str, Any]:
@@ -57,20 +54,26 @@ def simulate(config: RunConfig, machine: Machine, choices: Choices, rank: int, s
         choices.replicas or parallel.dp_replicate_size,
     )
     if not 0 <= rank < layout.world:
-        raise ValueError(f"--simulate {rank}: the ranks of {machine.nodes} x {machine.gpus_per_node} are 0 to {layout.world - 1}")
+        raise ValueError(
+            f"--simulate {rank}: the ranks of {machine.nodes} x {machine.gpus_per_node} are 0 to {layout.world - 1}"
+        )
     batch = choices.batch or config.data.batch_size
     checkpointing = choices.checkpointing or config.model.activation_checkpointing
-    config = config.model_copy(update={"model": config.model.model_copy(update={"dispatch": "alltoall"})})
-    config = config.model_copy(update={"data": config.data.model_copy(update={"document_mask": False})})
+    changes = {"dispatch": "alltoall", "activation_checkpointing": checkpointing}
+    config = config.model_copy(
+        update={
+            "model": config.model.model_copy(update=changes),
+            "data": config.data.model_copy(update={"document_mask": False}),
+        }
+    )
     planned = Planner(config, machine).evaluate(layout, batch, checkpointing)
     with fake_world(rank, layout.world):
         model = _build(config, layout)
-        checkpoint_activations(model, checkpointing)
-        optimizer = build_optimizer(model, config.optim)
-        seconds = _run_steps(model, optimizer, (batch, config.data.seq_len), steps)
+        seconds = _run_steps(model, step_parts(model, config), (batch, config.data.seq_len), steps)
         return {
             "rank": rank,
             "world": layout.world,
+            "experts_of_a_layer": [module.num_experts for _, module in experts_modules(model)][:1],
             "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
             "local_parameters": sum(_local(parameter).numel() for parameter in model.parameters()),
             "peak_gib": torch.cuda.max_memory_allocated() / GIB if torch.cuda.is_available() else None,
@@ -108,27 +111,22 @@ def _build(config: RunConfig, layout: Layout) -> PreTrainedModel:
         distributed_config=distributed,
         trust_remote_code=config.model.trust_remote_code,
     )
-    model.train()
-    install_loss(model, config.train.loss)
-    set_gate(model, config.balance.gate)
-    keep_gathered(model, config.parallel.keep_gathered)
-    return model
+    return model.train()
 
 
-def _run_steps(model: PreTrainedModel, optimizer: torch.optim.Optimizer, shape: tuple[int, int], steps: int) -> float:
-    """Mean seconds of a step."""
+def _run_steps(model: PreTrainedModel, parts: StepParts, shape: tuple[int, int], steps: int) -> float:
+    """Mean seconds of a step of one pass."""
     device = mesh.device()
     ids = torch.randint(model.config.get_text_config().vocab_size, shape, device=device)
     begin = 0.0
     for step in range(steps + 1):
         if step == 1:
             begin = _now(device)
-        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        parts.passes({"input_ids": ids, "labels": ids}, float(ids.numel()))
         for parameter in model.parameters():
             if parameter.grad is not None:
                 parameter.grad.zero_()  # what nobody has summed would spoil the weights
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        parts.optimizer.step()
     return (_now(device) - begin) / steps
 
 

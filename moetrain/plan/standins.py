@@ -18,7 +18,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 from unittest.mock import patch
 
 import torch
@@ -43,15 +43,15 @@ from moetrain.moe.layer import moe_forward
 from moetrain.plan.constants import NVLINK_RANKS
 from moetrain.plan.operators import scan_flops
 
-
 HOPPER = torch.device("cuda")
 
 
 def use_kernels(model: PreTrainedModel, kernels: str) -> None:
-    """Put this package's attention and Mamba-2 kernels into a model on the meta device, as on a GPU; with `torch` what
-    Transformers takes, which for Mamba-2 are the kernels of mamba_ssm."""
-    if kernels == "torch":
-        return
+    """Put this package's attention and Mamba-2 kernels into a model on the meta device, as on a GPU.
+
+    Args:
+        kernels: `torch` leaves attention to Transformers.
+    """
     with _patched(
         (torch.cuda, "is_available", lambda: True),
         (torch.cuda, "current_device", lambda: 0),
@@ -60,7 +60,7 @@ def use_kernels(model: PreTrainedModel, kernels: str) -> None:
         (mamba, "_packages", lambda: False),
         *_GPU_PROPERTIES,
     ):
-        attention.select_attention(model, kernels)
+        attention.select_attention(model, "torch" if kernels == "torch" else "auto")
         mamba.use_mamba_kernels(model)
 
 
@@ -99,17 +99,20 @@ def _attention(
     enable_gqa: bool = False,
 ) -> Tensor:
     """`scaled_dot_product_attention` by the kernel that CUDA would take; the meta device takes the unfused one."""
-    aten = torch.ops.aten
+    aten: Any = torch.ops.aten
+    out: Tensor
     if attn_mask is None and value.shape[-1] == query.shape[-1] <= 256:
-        return aten._scaled_dot_product_flash_attention(query, key, value, dropout_p, is_causal, scale=scale)[0]
+        out = aten._scaled_dot_product_flash_attention(query, key, value, dropout_p, is_causal, scale=scale)[0]
+        return out
     if enable_gqa:
         key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
     if attn_mask is not None:  # the kernel adds numbers to every head's scores; for the heads a view is enough
         bias = attn_mask if attn_mask.is_floating_point() else torch.empty_like(attn_mask, dtype=query.dtype)
         attn_mask = bias.expand(*query.shape[:3], key.shape[2])
-    return aten._scaled_dot_product_efficient_attention(
+    out = aten._scaled_dot_product_efficient_attention(
         query, key, value, attn_mask, True, dropout_p, is_causal, scale=scale
     )[0]
+    return out
 
 
 @torch.library.custom_op("moetrain_plan::kernel", mutates_args=())
@@ -217,7 +220,7 @@ def _mamba1_scan(hidden_states: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Ten
 
 def _delta_rule(query: Tensor, key: Tensor, value: Tensor, g: Tensor, beta: Tensor, **kw: Any) -> Any:
     """fla's chunked delta rules, which keep query and key normalised and a 64 x 64 matrix a chunk and head."""
-    batch, length, heads, width = value.shape
+    batch, length, heads, _ = value.shape
     kept = (query.numel() + key.numel() + batch * length * heads * 64,)
     flops = scan_flops(value.numel(), key.shape[-1], 64)
     return kernel([query, key, value, g, beta], value.shape, kept, value.nbytes, flops), None
@@ -302,7 +305,7 @@ class _AllToAll(alltoall.AllToAllDispatcher):
 
     def __init__(self, num_experts: int, rows_over_mean: float) -> None:
         Dispatcher.__init__(self, num_experts)
-        self.group_name, self.ep_size, self.num_local = "", num_experts, 1
+        self.group_name, self.ep_size, self.num_local = cast(Any, ""), num_experts, 1
         self.rows_over_mean = rows_over_mean
 
     def dispatch(self, tokens_TH: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor) -> Any:
@@ -327,7 +330,7 @@ class _Static(StaticDispatcher):
 
     def __init__(self, num_experts: int, rows_over_mean: float) -> None:
         Dispatcher.__init__(self, num_experts)
-        self.group_name, self.ep_size, self.num_local = "", NVLINK_RANKS, 1
+        self.group_name, self.ep_size, self.num_local = cast(Any, ""), NVLINK_RANKS, 1
         self.rows_over_mean = rows_over_mean
         self.capacity: int | None = None
         self.needed: Tensor | None = None

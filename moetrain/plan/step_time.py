@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from math import comb
 
 from moetrain.plan import constants
@@ -121,7 +122,7 @@ def experts_share(layers: Sequence[ExpertLayer], layout: Layout) -> float:
         return constants.DENSE
     rows = min(layer.tokens * layer.top_k * layout.ep / layer.num_experts for layer in layers)
     known = constants.EXPERTS
-    for (fewer, slow), (more, fast) in zip(known, known[1:], strict=False):
+    for (fewer, slow), (more, fast) in pairwise(known):
         if rows <= more:
             return slow + (fast - slow) * max(rows - fewer, 0.0) / (more - fewer)
     return known[-1][1]
@@ -180,8 +181,8 @@ def _reduction(units: Sequence[Unit], layout: Layout, gpu: Gpu) -> float:
 
 
 def _collective(whole: int, ranks: int, layout: Layout, unit: Unit, gpu: Gpu) -> float:
-    """An all-gather or reduce-scatter of `whole` bytes over `ranks`: NVLink brings a rank all of it, and where the ranks
-    lie in several nodes, every node gets it once through the ports of those of its GPUs that take part."""
+    """An all-gather or reduce-scatter of `whole` bytes over `ranks`. NVLink brings a rank all of it; where ranks lie in
+    several nodes, every node gets it once through the ports of those of its GPUs that take part."""
     if ranks == 1:
         return 0.0
     stride = layout.ep if unit.in_experts else 1  # ranks that hold the same experts lie `ep` apart
@@ -196,6 +197,9 @@ def _collective(whole: int, ranks: int, layout: Layout, unit: Unit, gpu: Gpu) ->
 def _update(units: Sequence[Unit], layout: Layout, gpu: Gpu) -> float:
     """Gradients are read twice (their norm, then the update), parameters and states are read and written."""
     moved = sum(
-        p.sizes(layout)[1] * (4 * p.itemsize + 2 * p.state_bytes) for unit in units for p in unit.parameters if p.trained
+        p.sizes(layout)[1] * (4 * p.itemsize + 2 * p.state_bytes)
+        for unit in units
+        for p in unit.parameters
+        if p.trained
     )
     return moved / (constants.PASSES * gpu.memory_gb_s * 1e9)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -79,7 +79,7 @@ class Step:
     """Documents are kept apart by a mask."""
     loss: str = "auto"
     kernels: str = "auto"
-    """`model.kernels` of the run."""
+    """`torch` leaves attention to Transformers, `auto` takes this package's."""
     compiled: bool = False
     """Decoder layers run under torch.compile."""
 
@@ -138,12 +138,14 @@ def trace_step(build: Callable[[], PreTrainedModel], step: Step) -> StepTrace:
             spread_experts(experts, step.dispatch, step.rows_over_mean)
     checkpoint_activations(model, step.checkpointing)
     if step.compiled:
+        torch._dynamo.reset()  # what earlier traces have compiled counts against dynamo's limit of variants
         compile_layers(model, mode="on", backend=_PARTITIONED)
     _watch(model, recorder)
     with torch.device("meta"):
         ids = torch.empty(step.batch, step.seq_len, dtype=torch.int64)
         packing = {"position_ids": ids.clone(), "seq_idx": ids.int()} if step.packed else {}
     with gpu_kernels(model), recorder:
+        recorder.event("enter", "")
         try:
             loss = model(input_ids=ids, labels=ids, use_cache=False, **packing).loss
         except NotImplementedError as error:
@@ -170,7 +172,9 @@ def sharded_modules(model: PreTrainedModel) -> dict[str, str]:
     """The modules that FSDP2 shards as units, in module order, and whether they are freed after their forward
     (`free_full_weight`, `keep_full_weight`); experts modules are units where they are spread."""
     plan = fsdp_plan(model)
-    named = {name: plan.get(replace_layer_number_by_wildcard(name), plan.get(name)) for name, _ in model.named_modules()}
+    named = {
+        name: plan.get(replace_layer_number_by_wildcard(name), plan.get(name)) for name, _ in model.named_modules()
+    }
     return {name: style for name, style in named.items() if style is not None}
 
 
@@ -179,8 +183,9 @@ def _note_experts(trace: StepTrace, name: str, experts: Any) -> None:
 
     def note(module: nn.Module, args: tuple[Tensor, ...]) -> None:
         tokens_TH, ids_TK = args[:2]
+        tokens, hidden = tokens_TH.shape
         if name not in {layer.name for layer in trace.experts}:
-            trace.experts.append(ExpertLayer(name, num_experts, *tokens_TH.shape, ids_TK.shape[1], tokens_TH.itemsize))
+            trace.experts.append(ExpertLayer(name, num_experts, tokens, hidden, ids_TK.shape[1], tokens_TH.itemsize))
 
     experts.register_forward_pre_hook(note)
 
@@ -202,7 +207,7 @@ def _watch(model: PreTrainedModel, recorder: _Recorder) -> None:
 
 
 class _FusedPasses:
-    """Passes over memory between two products, as one kernel: it reads what was there before and writes what lives on."""
+    """Passes over memory between two products, as one kernel: it reads what was there and writes what lives on."""
 
     def __init__(self) -> None:
         self.read: dict[int, int] = {}

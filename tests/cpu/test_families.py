@@ -15,6 +15,7 @@ from transformers.distributed.parallel_utils import replace_layer_number_by_wild
 
 from moetrain import families
 from moetrain.families import decorated_families, ep_plan, experts_modules, fallback_reason, fsdp_plan, is_moe
+from moetrain.mesh import check_ep_divides
 from tests.families import FAMILIES, VOCAB, batch, build, tiny
 
 TOLERANCE = 1e-5
@@ -221,3 +222,10 @@ def test_time_steps_of_nemotron_h_follow_the_configuration() -> None:
         after = model(**batch(1), use_cache=False).loss.item()
     assert mixer.time_step_limit == tuple(model.config.time_step_limit) == (0.0, float("inf"))
     assert before != after
+
+
+def test_more_ranks_than_experts_names_the_replicas() -> None:
+    check_ep_divides(8, 8, 8)
+    check_ep_divides(2, 1, 4)  # without expert parallelism the experts' matrices are sharded, not their number
+    with pytest.raises(ValueError, match=r"2 experts cannot be spread over the 4 ranks .* dp_replicate_size to 2"):
+        check_ep_divides(2, 2, 4)
