@@ -73,7 +73,7 @@ def _divide_in_experts(group: Any) -> None:
     if len(experts) == len(group.modules) and group.gradient_divide_factor is not None:
         for module in experts:
             setattr(module, GRADIENTS, (1.0 / group.gradient_divide_factor, True))
-        group.gradient_divide_factor = None
+        group.divided_before = group.gradient_divide_factor
 
 
 def _needs_copy(param: Any) -> bool:
@@ -83,6 +83,9 @@ def _needs_copy(param: Any) -> bool:
 
 class _InPlace(FSDPParamGroup):
     """A group of one rank: its gathered parameter is a view of its shard."""
+
+    divided_before = 1.0
+    """What the experts' arithmetic has already divided the gradients by."""
 
     def unshard(self, async_op: bool = False) -> None:
         pass
@@ -106,14 +109,16 @@ class _InPlace(FSDPParamGroup):
     @torch.no_grad()
     def post_backward(self, *unused: Any) -> None:
         self._training_state = type(self._training_state).POST_BACKWARD
+        divisor = (self.gradient_divide_factor or 1.0) / self.divided_before  # not 1 where a user has set the factor
         for param in self.fsdp_params:
             unsharded = getattr(param, "_unsharded_param", None)
             if unsharded is None or unsharded.grad is None:
                 continue
             gradient = param.unsharded_grad_data
             unsharded.grad = None
-            if self.gradient_divide_factor is not None:
-                gradient.div_(self.gradient_divide_factor)
+            if divisor != 1.0:
+                join_aside()
+                gradient.div_(divisor)
             gradient = gradient.view(param.sharded_size)
             accumulated: Any = param.sharded_param.grad
             if accumulated is None:

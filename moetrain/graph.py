@@ -108,15 +108,20 @@ class Passes:
 
     def overflowed(self) -> bool:
         """Whether rows did not fit since the last call, on any rank; then the gradients are not exact and the same
-        passes are to be run again. One read on the host."""
+        passes are to be run again. One read on the host. Ranks also agree here whether one of them has given up."""
         if not self.dispatchers:
             return False
-        needed = torch.stack([d.needed if d.needed is not None else torch.zeros(()) for d in self.dispatchers])
+        none = torch.zeros((), dtype=torch.int64, device=self.model.device)
+        noted = [none if d.needed is None else d.needed for d in self.dispatchers]
+        needed = torch.stack([*noted, torch.full_like(none, self.obstacle is not None)])
         if dist.is_initialized():
             dist.all_reduce(needed, dist.ReduceOp.MAX)
-        for dispatcher in self.dispatchers:
-            dispatcher.needed.zero_()  # type: ignore[union-attr]
-        rows = needed.tolist()
+        for tensor in noted:
+            tensor.zero_()
+        *rows, given_up = needed.tolist()
+        if given_up and not self.obstacle:
+            self.obstacle = "the host of another rank waits for its GPU"
+            self._graphs, self._gradients = {}, {}  # the parameters keep this step's gradients
         if not self._exact:
             over = [row > (d.capacity or 0) for row, d in zip(rows, self.dispatchers, strict=True)]
             if any(over):
@@ -124,6 +129,8 @@ class Passes:
                 self._forget()
                 self._set_capacities(exact=True)
                 return True
+            if self.obstacle:
+                self._set_capacities(exact=True)
         self._most_needed = [max(pair) for pair in zip(rows, self._most_needed, strict=True)]
         if self._exact and not self.obstacle and self._runs >= MEASURED:
             self._set_capacities(exact=False)
@@ -132,7 +139,19 @@ class Passes:
     def _set_capacities(self, exact: bool) -> None:
         self._exact = exact
         for dispatcher, most, margin in zip(self.dispatchers, self._most_needed, self._margins, strict=True):
-            dispatcher.capacity = None if exact else math.ceil(most * margin / ROUND) * ROUND
+            dispatcher.capacity = None if exact else math.ceil(max(most, 1) * margin / ROUND) * ROUND
+
+    @contextmanager
+    def uncut(self) -> Iterator[None]:
+        """Inside, for an evaluation, every row has room whatever the passes have measured, and nothing is noted."""
+        kept = [(dispatcher.capacity, dispatcher.needed) for dispatcher in self.dispatchers]
+        for dispatcher in self.dispatchers:
+            dispatcher.capacity = dispatcher.needed = None
+        try:
+            yield
+        finally:  # a graph writes to the tensors that were there
+            for dispatcher, (capacity, needed) in zip(self.dispatchers, kept, strict=True):
+                dispatcher.capacity, dispatcher.needed = capacity, needed
 
     def _is_same_shape(self, batch: dict[str, Tensor]) -> bool:
         """Whether the batch has the shape of the first; only that one is captured."""
@@ -186,8 +205,7 @@ class Passes:
     def _give_up(self, obstacle: str) -> None:
         if self.mode == "on":
             raise RuntimeError(f"train.cuda_graph=on, but the step cannot be captured: {obstacle}")
-        self.obstacle = obstacle
-        self._set_capacities(exact=bool(self.dispatchers))
+        self.obstacle = obstacle  # capacities stay until `overflowed`, where all ranks leave them together
 
     def _forget(self) -> None:
         """Drop graphs and their memory, the gradients included."""
@@ -195,8 +213,10 @@ class Passes:
         self._graphs, self._gradients = {}, {}
 
     def close(self) -> None:
-        """Destroying a process group hangs while a graph holds its collectives."""
+        """Destroying a process group hangs while a graph holds its collectives. Whoever uses the model next has room
+        for every row."""
         self._forget()
+        self._set_capacities(exact=True)
         gc.collect()
 
 

@@ -174,7 +174,7 @@ class Run:
         self.model.eval()
         total, tokens = torch.zeros((), device=self.device), 0
         one = torch.ones((), device=self.device)
-        with self.stats.paused(), without_logits(self.model):
+        with self.stats.paused(), self.passes.uncut(), without_logits(self.model):
             for batch in self.data.validation.rows(self.config.train.eval_rows):
                 total += self.model(**self.to_device(batch), num_items_in_batch=one, use_cache=False).loss
                 tokens += count_labels(batch)

@@ -3,16 +3,20 @@ in place, at the capacities of the recording."""
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from moetrain import AutoModelForCausalLM, DistributedConfig, graph
 from moetrain.moe.dispatch import dispatchers_of
+from moetrain.moe.dispatch.static import AllGatherDispatcher
 from moetrain.moe.layer import ep_implementation
 from moetrain.parallelize import checkpoint_activations
 from tests.families import FAMILIES
@@ -156,3 +160,85 @@ def capacities(rank: int, world_size: int) -> dict[str, Any]:
         same = passes._graphs == graphs
         passes.overflowed()
     return {"steps": found, "other_shape_left_the_graphs": same, "status": passes.status}
+
+
+def evaluation(rank: int, world_size: int) -> dict[str, Any]:
+    """Losses of a batch that overflows every capacity, between two steps and with room for every row."""
+    rows = torch.full((2, 400), 7)  # one token: one choice of experts for all
+    with recorded_instead_of_captured():
+        passes = graph.Passes(build("allgather", world_size))
+        for step in range(2):
+            run_step(passes, rank, step)
+        before = [(d.capacity, d.needed) for d in passes.dispatchers]
+        with torch.no_grad(), passes.uncut():
+            loss = passes.model(input_ids=rows, labels=rows).loss.item()
+        kept = all(d.capacity == c and d.needed is n for d, (c, n) in zip(passes.dispatchers, before, strict=True))
+        runs = run_step(passes, rank, 2)[0]
+        with torch.no_grad():
+            cut = passes.model(input_ids=rows, labels=rows).loss.item()
+            passes.close()
+            wanted = passes.model(input_ids=rows, labels=rows).loss.item()
+    return {"loss": loss, "wanted": wanted, "cut": cut, "kept": kept, "runs": runs}
+
+
+def one_rank_waits(rank: int, world_size: int) -> dict[str, Any]:
+    """Steps where only rank 0 finds that its host waits, and where the pass that finds it has overflowed."""
+
+    @contextmanager
+    def found() -> Iterator[list[str]]:
+        for dispatcher in passes.dispatchers:
+            dispatcher.capacity = 1
+        yield ["logging.py:1"] if rank == 0 else []
+
+    kept, graph.watch_syncs = graph.watch_syncs, found
+    try:
+        with recorded_instead_of_captured():
+            passes = graph.Passes(build("allgather", world_size))
+            runs = [run_step(passes, rank, step)[0] for step in range(4)]
+    finally:
+        graph.watch_syncs = kept
+    capacities = [d.capacity for d in passes.dispatchers]
+    return {"runs": runs, "status": passes.status, "capacities": capacities, "graphs": len(passes._graphs)}
+
+
+def kept_without_backward(rank: int, world_size: int, checkpointing: str) -> list[bool]:
+    """Whether what a dispatch received lives on, forward by forward, where no backward follows."""
+    model = build("allgather", world_size, checkpointing)
+    received = []
+    hook = model.model.layers[1].mlp.experts.register_forward_pre_hook(
+        lambda _, args: received.append(weakref.ref(args[0]))
+    )
+    for step in range(3):
+        loss = model(**batches(rank, step)[0]).loss
+    hook.remove()
+    del loss
+    gc.collect()
+    return [tensor() is not None for tensor in received]
+
+
+def regrouped(rank: int, world_size: int) -> tuple[bool, bool]:
+    """Whether two groups, the second under the first's name, got exchanges of their own."""
+    tokens, ids = torch.ones(2, 4), torch.zeros(2, 1, dtype=torch.int64)
+    exchanges = []
+    for _ in range(2):
+        group = dist.new_group(list(range(world_size)))
+        dispatcher = AllGatherDispatcher(world_size, group)
+        exchanges.append(dispatcher.exchange_for(tokens, ids.shape[1]))
+        world = dist.distributed_c10d._world
+        world.group_count -= 1
+        dist.destroy_process_group(group)
+    return exchanges[0] is exchanges[1], exchanges[1].group is group  # type: ignore[attr-defined]
+
+
+def own_divisor(rank: int, world_size: int) -> list[float]:
+    """Norms of the experts' gradients under `set_gradient_divide_factor(1)` over those without."""
+    norms: list[list[float]] = []
+    for factor in (None, 1.0):
+        model = build("alltoall", world_size)
+        for name, module in model.named_modules():
+            if factor is not None and name.endswith(".experts"):
+                module.set_gradient_divide_factor(factor)
+        model(**batches(rank, 0)[0]).loss.backward()
+        experts = [p for name, p in model.named_parameters() if ".experts." in name]
+        norms.append([_local(p.grad).norm().item() for p in experts])
+    return [ours / before for before, ours in zip(*norms, strict=True)]

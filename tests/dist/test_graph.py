@@ -7,7 +7,15 @@ import math
 import pytest
 
 from moetrain.graph import MARGIN, ROUND
-from tests.dist.graph_cases import capacities, differences
+from tests.dist.graph_cases import (
+    capacities,
+    differences,
+    evaluation,
+    kept_without_backward,
+    one_rank_waits,
+    own_divisor,
+    regrouped,
+)
 from tests.ranks import run_ranks
 
 
@@ -34,3 +42,35 @@ def test_capacities_follow_the_fullest_rank() -> None:
         expected = [math.ceil(rows * MARGIN / ROUND) * ROUND for rows in first]
         assert all(result["steps"][step][1] == expected for result in results)
     assert all(result["other_shape_left_the_graphs"] for result in results)
+
+
+def test_evaluation_between_steps_loses_no_rows() -> None:
+    """Nor does it make the next step overflow, or leave capacities to whoever has the model afterwards."""
+    for result in run_ranks(evaluation, 2):
+        assert result["loss"] == pytest.approx(result["wanted"], abs=1e-6)
+        assert abs(result["cut"] - result["wanted"]) > 1e-5, "the batch does not tell"
+        assert result["kept"] and result["runs"] == 1
+
+
+def test_one_rank_that_waits_keeps_all_eager() -> None:
+    """Ranks that differ would run a step again on some only. Its overflow in that very step is not lost."""
+    results = run_ranks(one_rank_waits, 2, timeout=60.0)
+    for result in results:
+        assert result["runs"] == [1, 2, 1, 1]
+        assert result["capacities"] == [None, None] and result["graphs"] == 0
+    assert "logging.py:1" in results[0]["status"] and "another rank" in results[1]["status"]
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "selective"])
+def test_a_forward_without_backward_is_freed(checkpointing: str) -> None:
+    for kept in run_ranks(kept_without_backward, 2, checkpointing):
+        assert not any(kept)
+
+
+def test_a_later_group_of_the_same_name() -> None:
+    assert run_ranks(regrouped, 2) == [(False, True)] * 2
+
+
+def test_a_users_divisor_of_gradients_holds() -> None:
+    for ratios in run_ranks(own_divisor, 2):
+        assert ratios == pytest.approx([2.0] * 4)

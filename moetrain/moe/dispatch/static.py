@@ -89,9 +89,10 @@ _exchanges: dict[tuple[Any, ...], Exchange] = {}
 
 
 def _shared(kind: type[Any], group_name: str, *shape: Any) -> Exchange:
-    key = (kind, group_name, *shape)
+    group = resolve_group(group_name)
+    key = (kind, group, *shape)  # not its name, which a later group of this process may have again
     if key not in _exchanges:
-        _exchanges[key] = kind(resolve_group(group_name), *shape)
+        _exchanges[key] = kind(group, *shape)
     return _exchanges[key]
 
 

@@ -10,11 +10,17 @@ from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any, TypeVar
 
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
 Received = TypeVar("Received")
 
 
 class _Tape:
-    """What the exchanges of one checkpointed region received, in order."""
+    """What the exchanges of one checkpointed region received, in order.
+
+    It holds no autograd history: the history holds the tape, and would never be freed without a backward.
+    """
 
     def __init__(self) -> None:
         self.received: list[Any] = []
@@ -23,10 +29,15 @@ class _Tape:
 
     def next(self, exchange: Callable[[], Any]) -> Any:
         if not self.replays:
-            self.received.append(exchange())
-            return self.received[-1]
+            received = exchange()
+            self.received.append(_detached(received))
+            return received
         self.position += 1
-        return self.received[self.position - 1]
+        return _detached(self.received[self.position - 1])
+
+
+def _detached(received: Any) -> Any:
+    return tree_map_only(Tensor, Tensor.detach, received)
 
 
 _tape: ContextVar[_Tape | None] = ContextVar("tape", default=None)
