@@ -92,20 +92,6 @@ def parse_minutes(text: str) -> int:
     return -(-seconds // 60)
 
 
-def load_mapping(path: str | Path) -> dict[str, Any]:
-    """A YAML file with the sections of a run. Raises ValueError where it is missing or no mapping."""
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"no configuration file at {path}")
-    try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not valid YAML: {error}") from error
-    if not isinstance(raw, dict):
-        raise ValueError(f"{path} must hold a mapping with the sections {', '.join(RunConfig.model_fields)}")
-    return raw
-
-
 def configure(raw: Mapping[str, Any], overrides: Sequence[str] = ()) -> RunConfig:
     """A validated configuration with dotted overrides applied; raises ValueError as `load_config` does."""
     with tempfile.NamedTemporaryFile("w", suffix=".yaml", encoding="utf-8") as file:

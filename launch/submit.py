@@ -18,8 +18,8 @@ from typing import Any
 from cluster.site import load_site
 from containers.spec import ContainerSpec
 from launch.job import ROOT, Job
-from launch.run import Run, configure, load_mapping, parse_minutes, parse_sweep
-from moetrain.config import CreateConfig, RunConfig
+from launch.run import Run, configure, parse_minutes, parse_sweep
+from moetrain.config import CreateConfig, RunConfig, load_mapping
 
 SITE_FILE = ROOT / "cluster" / "site.toml"
 USER_ERROR = 2

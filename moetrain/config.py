@@ -206,13 +206,8 @@ class RunConfig(_Section):
         return self
 
 
-def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
-    """Read a YAML file, apply `a.b=value` overrides (values are YAML) and validate.
-
-    Raises:
-        ValueError: the file is missing or no YAML mapping, an override is malformed, or a key or value is invalid;
-            the message names the key, and for an unknown one the nearest that exists.
-    """
+def load_mapping(path: str | Path) -> dict[str, Any]:
+    """A YAML file with the sections of a run. Raises ValueError where it is missing or no mapping."""
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"no configuration file at {path}")
@@ -222,6 +217,17 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConf
         raise ValueError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(raw, dict):
         raise ValueError(f"{path} must hold a mapping with the sections {', '.join(RunConfig.model_fields)}")
+    return raw
+
+
+def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
+    """Read a YAML file, apply `a.b=value` overrides (values are YAML) and validate.
+
+    Raises:
+        ValueError: the file is missing or no YAML mapping, an override is malformed, or a key or value is invalid;
+            the message names the key, and for an unknown one the nearest that exists.
+    """
+    raw = load_mapping(path)
     for override in overrides or []:
         _apply_override(raw, override)
     return parse_config(raw)

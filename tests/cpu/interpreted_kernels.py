@@ -2,28 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
-from triton.runtime import interpreter
 
 from moetrain.kernels import experts, nvlink
 from moetrain.kernels.permutation import permute_rows
 from moetrain.kernels.routing import route_sort
 from tests import kernel_cases as cases
+from tests.interpreted import mend_interpreter
 
 
 @pytest.fixture(autouse=True)
 def interpreter_under_new_numpy(monkeypatch: pytest.MonkeyPatch) -> None:
-    """numpy 2.4 no longer turns an array of one element into an int, which Triton 3.6 does for loop bounds."""
-    original = interpreter._patch_lang_tensor
-
-    def patched(tensor: Any, scope: Any) -> None:
-        original(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
-
-    monkeypatch.setattr(interpreter, "_patch_lang_tensor", patched)
+    mend_interpreter(monkeypatch)
     torch.manual_seed(0)
 
 

@@ -7,26 +7,19 @@ from typing import Any
 
 import pytest
 import torch
-from triton.runtime import interpreter
 
 from moetrain.backends import mamba
 from moetrain.kernels import mamba2, mamba2_conv, mamba2_norm
 from tests import mamba_cases as cases
 from tests.families import build
+from tests.interpreted import mend_interpreter
 
 INF = float("inf")
 
 
 @pytest.fixture(autouse=True)
 def interpreter_under_new_numpy(monkeypatch: pytest.MonkeyPatch) -> None:
-    """numpy 2.4 no longer turns an array of one element into an int, which Triton 3.6 does for loop bounds."""
-    original = interpreter._patch_lang_tensor
-
-    def patched(tensor: Any, scope: Any) -> None:
-        original(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
-
-    monkeypatch.setattr(interpreter, "_patch_lang_tensor", patched)
+    mend_interpreter(monkeypatch)
     torch.manual_seed(0)
 
 

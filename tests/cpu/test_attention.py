@@ -8,11 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-import os
-import subprocess
 import sys
 import types
-from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
@@ -32,6 +29,7 @@ from moetrain.kernels.attention import attend_ref, visible_keys
 from tests.attention_cases import Problem, check_attention, cumulative, random_leaves, run
 from tests.cpu.test_data_isolation import LENGTHS, gradients, make, packed
 from tests.families import FAMILIES, build
+from tests.interpreted import run_interpreted
 
 GPU = torch.device("cuda", 0)
 PROBLEMS = {
@@ -91,16 +89,7 @@ def test_operator_is_what_torch_expects_of_one(name: str) -> None:
 
 
 def test_gradient_of_sinks_under_the_interpreter() -> None:
-    pytest.importorskip("triton", reason="Triton is not installed")
-    result = subprocess.run(
-        [sys.executable, "-m", "tests.attention_cases"],
-        cwd=Path(__file__).parents[2],
-        env={**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
+    run_interpreted("-m", "tests.attention_cases")
 
 
 def taken_as(**kwargs: object) -> CausalMask | None:

@@ -323,7 +323,12 @@ def test_a_plan_that_cannot_be_made_says_why(
 
 
 def test_a_dry_run_on_the_cluster_says_what_is_fine(capsys: pytest.CaptureFixture[str], shared: Path) -> None:
-    assert main(RUN, ["--site", str(write_site(shared)), "--dry-run", "parallel.ep_size=8"]) == 0
+    assert (
+        main(
+            RUN, ["--site", str(write_site(shared)), "--dry-run", "parallel.ep_size=8", "parallel.dp_replicate_size=2"]
+        )
+        == 0
+    )
     out = capsys.readouterr().out
     assert "wrong" not in out and "unseen" not in out and out.count("\nok") >= 8
     assert list(shared.iterdir()) == []

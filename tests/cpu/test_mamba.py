@@ -5,9 +5,6 @@ from __future__ import annotations
 import ast
 import copy
 import importlib
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -20,6 +17,7 @@ from moetrain.kernels.mamba2_conv import causal_conv, causal_conv_ref
 from moetrain.kernels.mamba2_norm import gated_norm_ref
 from tests import mamba_cases as cases
 from tests.families import build
+from tests.interpreted import run_interpreted_tests
 
 ROOT = Path(__file__).parents[2]
 INF = float("inf")
@@ -177,13 +175,4 @@ def test_models_without_mamba_are_left_alone(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_kernels_under_the_interpreter() -> None:
     """Triton's interpreter must be switched on before Triton is imported."""
-    pytest.importorskip("triton", reason="Triton is not installed")
-    result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/cpu/interpreted_mamba.py"],
-        cwd=ROOT,
-        env={**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-2000:]
+    run_interpreted_tests("tests/cpu/interpreted_mamba.py")

@@ -1,9 +1,6 @@
 from __future__ import annotations
 
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -25,6 +22,7 @@ from moetrain.optim import (
 )
 from moetrain.optim.reference import adamw_ref
 from tests import optim_cases as cases
+from tests.interpreted import run_interpreted_tests
 
 STATES = cases.STATES
 ROOT = Path(__file__).parents[2]
@@ -65,16 +63,7 @@ def reference_adamw(
 
 def test_kernels_under_the_interpreter() -> None:
     """Which must be switched on before Triton is imported."""
-    pytest.importorskip("triton", reason="Triton is not installed")
-    result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/cpu/interpreted_optim.py"],
-        cwd=ROOT,
-        env={**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-2000:]
+    run_interpreted_tests("tests/cpu/interpreted_optim.py")
 
 
 @pytest.mark.parametrize(("states", "dtype"), [(s, cases.dtype_for(s)) for s in STATES] + [("8bit", torch.float32)])

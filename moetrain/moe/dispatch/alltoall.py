@@ -9,11 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from moetrain.kernels import Routing, permute, route_sort, unpermute_reduce
-from moetrain.moe.dispatch.base import Dispatched, Dispatcher
+from moetrain.moe.dispatch.base import Dispatched, RankedDispatcher
 from moetrain.moe.dispatch.collectives import all_to_all_rows, exchange_counts
 
 
@@ -27,20 +26,8 @@ class _AllToAllDispatched(Dispatched):
     recv_sizes: list[int]
 
 
-class AllToAllDispatcher(Dispatcher):
-    """Experts in contiguous ranges over the ranks of `group`, E / ranks on each.
-
-    Raises:
-        ValueError: the group's size does not divide the number of experts.
-    """
-
-    def __init__(self, num_experts: int, group: dist.ProcessGroup) -> None:
-        super().__init__(num_experts)
-        self.group_name = group.group_name
-        self.ep_size = dist.get_world_size(group)
-        if num_experts % self.ep_size:
-            raise ValueError(f"{num_experts} experts cannot be split evenly over {self.ep_size} ranks")
-        self.num_local = num_experts // self.ep_size
+class AllToAllDispatcher(RankedDispatcher):
+    """Any number of tokens on each rank."""
 
     def dispatch(self, tokens_TH: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor) -> _AllToAllDispatched:
         sent = route_sort(expert_ids_TK, self.num_experts)

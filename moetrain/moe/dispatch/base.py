@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
+import torch.distributed as dist
 from torch import Tensor
 
 
@@ -53,3 +54,19 @@ class Dispatcher(ABC):
             rows_RH: the experts' outputs, already multiplied by their routing weights, in the order of
                 `dispatched.rows_RH`.
         """
+
+
+class RankedDispatcher(Dispatcher):
+    """Experts in contiguous ranges over the ranks of `group`, E / ranks on each.
+
+    Raises:
+        ValueError: the group's size does not divide the number of experts.
+    """
+
+    def __init__(self, num_experts: int, group: dist.ProcessGroup) -> None:
+        super().__init__(num_experts)
+        self.group_name = group.group_name
+        self.ep_size = dist.get_world_size(group)
+        if num_experts % self.ep_size:
+            raise ValueError(f"{num_experts} experts cannot be split evenly over {self.ep_size} ranks")
+        self.num_local = num_experts // self.ep_size

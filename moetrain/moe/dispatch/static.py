@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moetrain.kernels import Exchange, GatherExchange, NvlinkExchange, Routing
-from moetrain.moe.dispatch.base import Dispatched, Dispatcher
+from moetrain.moe.dispatch.base import Dispatched, RankedDispatcher
 from moetrain.moe.dispatch.collectives import resolve_group
 from moetrain.moe.dispatch.tape import receive
 
@@ -27,25 +27,16 @@ class _StaticDispatched(Dispatched):
     expert_ids_TK: Tensor
 
 
-class StaticDispatcher(Dispatcher):
-    """Experts in contiguous ranges over the ranks of `group`, E / ranks on each. All ranks of the group must have the
-    same number of tokens in a call, and make the same calls.
+class StaticDispatcher(RankedDispatcher):
+    """All ranks of the group must have the same number of tokens in a call, and make the same calls.
 
     Attributes:
         capacity: rows there is room for; None makes room for what comes, which the host reads: one sync a layer.
         needed: int64 on the device, the rows that the fullest call since its last reset brought; None before a call.
-
-    Raises:
-        ValueError: the group's size does not divide the number of experts.
     """
 
     def __init__(self, num_experts: int, group: dist.ProcessGroup) -> None:
-        super().__init__(num_experts)
-        self.group_name = group.group_name
-        self.ep_size = dist.get_world_size(group)
-        if num_experts % self.ep_size:
-            raise ValueError(f"{num_experts} experts cannot be split evenly over {self.ep_size} ranks")
-        self.num_local = num_experts // self.ep_size
+        super().__init__(num_experts, group)
         self.capacity: int | None = None
         self.needed: Tensor | None = None
 
