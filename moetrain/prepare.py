@@ -125,7 +125,7 @@ def step_parts(model: PreTrainedModel, config: RunConfig) -> StepParts:
     notes.append(compile_layers(model, config.train.compile))
     optimizer = build_optimizer(model, config.optim)
     passes = Passes(model, config.train.cuda_graph)
-    notes.append(f"step: {passes.status}")
+    notes.append(f"passes: {passes.status}")
     return StepParts(passes, optimizer, stats, notes)
 
 

@@ -16,7 +16,6 @@ from torch.distributed.tensor import DTensor
 
 from moetrain import AutoModelForCausalLM, DistributedConfig, graph
 from moetrain.moe.dispatch import dispatchers_of
-from moetrain.moe.dispatch.static import AllGatherDispatcher
 from moetrain.moe.layer import ep_implementation
 from moetrain.parallelize import checkpoint_activations
 from tests.families import FAMILIES
@@ -214,20 +213,6 @@ def kept_without_backward(rank: int, world_size: int, checkpointing: str) -> lis
     del loss
     gc.collect()
     return [tensor() is not None for tensor in received]
-
-
-def regrouped(rank: int, world_size: int) -> tuple[bool, bool]:
-    """Whether two groups, the second under the first's name, got exchanges of their own."""
-    tokens, ids = torch.ones(2, 4), torch.zeros(2, 1, dtype=torch.int64)
-    exchanges = []
-    for _ in range(2):
-        group = dist.new_group(list(range(world_size)))
-        dispatcher = AllGatherDispatcher(world_size, group)
-        exchanges.append(dispatcher.exchange_for(tokens, ids.shape[1]))
-        world = dist.distributed_c10d._world
-        world.group_count -= 1
-        dist.destroy_process_group(group)
-    return exchanges[0] is exchanges[1], exchanges[1].group is group  # type: ignore[attr-defined]
 
 
 def own_divisor(rank: int, world_size: int) -> list[float]:

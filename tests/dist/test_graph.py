@@ -7,6 +7,7 @@ import math
 import pytest
 
 from moetrain.graph import MARGIN, ROUND
+from moetrain.moe.dispatch import static
 from tests.dist.graph_cases import (
     capacities,
     differences,
@@ -14,14 +15,13 @@ from tests.dist.graph_cases import (
     kept_without_backward,
     one_rank_waits,
     own_divisor,
-    regrouped,
 )
 from tests.ranks import run_ranks
 
 
 @pytest.mark.parametrize(("ranks", "checkpointing"), [(2, "none"), (2, "selective"), (4, "full")])
 def test_overflow_is_run_again_exactly(ranks: int, checkpointing: str) -> None:
-    """Two passes a step, changing weights, an overflow forced at each layer in turn on rank 0 alone."""
+    """Two passes a step, changing weights, an overflow forced at each layer in turn, on the fullest rank."""
     for result in run_ranks(differences, ranks, checkpointing, [0, 1]):
         assert (
             sorted(result["runs"][4:8]) == sorted(result["runs"][8:]) == [1, 1, 1, 2] and result["runs"][:4] == [1] * 4
@@ -67,8 +67,21 @@ def test_a_forward_without_backward_is_freed(checkpointing: str) -> None:
         assert not any(kept)
 
 
-def test_a_later_group_of_the_same_name() -> None:
-    assert run_ranks(regrouped, 2) == [(False, True)] * 2
+class _Keeps:
+    def __init__(self, group: object) -> None:
+        self.group = group
+
+
+def test_a_later_group_of_the_same_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch gives the names of destroyed groups to new ones."""
+    groups = [object(), object()]
+    monkeypatch.setattr(static, "_exchanges", {})
+    made = []
+    for group in (groups[0], groups[0], groups[1]):
+        monkeypatch.setattr(static, "resolve_group", lambda name, group=group: group)
+        made.append(static._shared(_Keeps, "name"))
+    assert made[0] is made[1] and made[0] is not made[2]
+    assert made[2].group is groups[1]
 
 
 def test_a_users_divisor_of_gradients_holds() -> None:

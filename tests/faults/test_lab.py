@@ -135,6 +135,7 @@ def test_a_drained_node_gets_no_ranks(slurm: Lab, stories: dict[str, Submitted],
         slurm.run("scontrol", "update", "NodeName=h100-02", "State=RESUME")
 
 
+@pytest.mark.slow  # waits for slurmctld, which a busy machine makes late
 def test_the_prolog_drains_an_unfit_node_and_lets_a_fit_one_work(tmp_path: Path) -> None:
     shutil.copytree(ROOT / "cluster", tmp_path / "cluster", ignore=shutil.ignore_patterns("lab", "__pycache__"))
     site = tmp_path / "cluster" / "site.toml"
