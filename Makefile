@@ -1,6 +1,5 @@
 # Everything runs in .venv, which each target makes by itself, once, with the versions of constraints.txt.
 PYTHON ?= python3
-TORCH ?= 2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 comma := ,
@@ -13,12 +12,17 @@ export PIP_BUILD_CONSTRAINT := constraints.txt
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 SUDO := $(if $(filter-out 0,$(shell id -u)),sudo)
 SLURM_PACKAGES := slurmctld slurmd slurm-client slurm-wlm-basic-plugins munge
+# Images: TARGET=gpu|cpu, ENGINE=docker|podman|buildah (found by itself), ENGINE_ARGS for the engine's build command.
+TARGET ?= gpu
+IMAGE ?= moetrain:$(TARGET)
+IMAGE_FILES := build/moetrain-$(TARGET)
 
 .DEFAULT_GOAL := help
-.PHONY: help train test check format test-gpu parity lock clean lab-deps lab-up lab-down test-lab
+.PHONY: help train test check format test-gpu parity lock clean lab-deps lab-up lab-down test-lab \
+    image sqsh sbom image-check versions-check test-image
 
 help: ## This list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 train: $(VENV)/.ready ## Train a small MoE on the Python standard library's source (a few minutes, no GPU needed)
 	$(BIN)/moetrain train configs/python_stdlib.yaml
@@ -54,20 +58,30 @@ lab-down: $(VENV)/.ready ## Stop it
 test-lab: $(VENV)/.ready ## All tests on the lab: `make test` has the short ones (slow)
 	$(PYTEST) tests/dist/test_lab.py tests/faults/test_lab.py
 
-lock: ## Resolve all dependencies anew and rewrite constraints.txt
-	rm -rf .lock && $(PYTHON) -m venv .lock
-	env -u PIP_CONSTRAINT -u PIP_BUILD_CONSTRAINT .lock/bin/pip install --quiet --dry-run --ignore-installed \
-	    --report .lock/report.json '.[dev,gpu]' setuptools torch==$(TORCH)
-	.lock/bin/python -c 'import json; \
-	    found = [item["metadata"] for item in json.load(open(".lock/report.json"))["install"]]; \
-	    pins = {m["name"].lower().replace("_", "-"): m["version"].split("+")[0] for m in found}; \
-	    pins.pop("moetrain"); \
-	    print("# Written by `make lock`: every package of the environment. What only CUDA builds of torch need is in it too.",\
-	        *(f"{name}=={pins[name]}" for name in sorted(pins)), sep="\n")' > .lock/constraints.txt
-	mv .lock/constraints.txt constraints.txt && rm -rf .lock
+image: $(VENV)/.ready ## Build the container image (TARGET=gpu|cpu, ENGINE=docker|podman|buildah)
+	$(BIN)/python -m containers.build image $(TARGET) --tag $(IMAGE) --engine '$(ENGINE)' -- $(ENGINE_ARGS)
+
+sqsh: $(VENV)/.ready ## Turn the image into one file for enroot and pyxis, with its hash beside it
+	$(BIN)/python -m containers.build sqsh $(IMAGE) $(IMAGE_FILES).sqsh --engine '$(ENGINE)'
+
+sbom: $(VENV)/.ready ## Bill of materials from the lock; with FROM_IMAGE=1 of what is in the image
+	$(BIN)/python -m containers.sbom $(TARGET) $(IMAGE_FILES).cdx.json --engine '$(ENGINE)' $(if $(FROM_IMAGE),--image $(IMAGE))
+
+image-check: versions-check ## Check the Dockerfiles: versions, then hadolint where it is installed
+	@if command -v hadolint > /dev/null; then hadolint containers/Dockerfile containers/Dockerfile.cpu; \
+	else echo "hadolint is not installed, so it did not run; it is one binary: github.com/hadolint/hadolint, releases"; fi
+
+versions-check: $(VENV)/.ready ## Everything that names a version agrees with containers/versions.lock
+	$(BIN)/python -m containers.check
+
+test-image: $(VENV)/.ready ## Build the CPU image without a registry, run tests in it, squash it (slow; root, buildah, mmdebstrap)
+	$(PYTEST) tests/faults/test_image.py
+
+lock: $(VENV)/.ready ## Resolve all dependencies anew and rewrite containers/versions.lock and constraints.txt
+	env -u PIP_CONSTRAINT -u PIP_BUILD_CONSTRAINT $(BIN)/python -m containers.resolve
 
 clean: ## Remove the environment and caches; runs/ stays
-	rm -rf $(VENV) .lock .pytest_cache .mypy_cache .ruff_cache build *.egg-info
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache build *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/.ready: pyproject.toml constraints.txt

@@ -70,12 +70,13 @@ def read_report(report: dict[str, Any]) -> Found:
     """
     found: Found = {}
     for item in report["install"]:
-        metadata, hashes = item["metadata"], item["download_info"]["archive_info"].get("hashes", {})
-        if "sha256" not in hashes:
+        metadata = item["metadata"]
+        kind, _, digest = item["download_info"]["archive_info"].get("hash", "").partition("=")
+        if kind != "sha256":
             raise ValueError(f"the index has no SHA-256 of {item['download_info']['url']}")
         found[canonical(metadata["name"])] = {
             "version": metadata["version"],
-            "hash": hashes["sha256"],
+            "hash": digest,
             # What an extra asks for counts too: which extras were asked for, the report does not say.
             "requires": {name_of(line) for line in metadata.get("requires_dist", [])},
         }
