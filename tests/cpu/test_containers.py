@@ -18,7 +18,7 @@ from containers import lock as pins
 ROOT = check.ROOT
 LOCK = pins.read()
 DOCKERFILES = {target: (ROOT / path).read_text(encoding="utf-8") for target, path in check.DOCKERFILES.items()}
-READ = ("constraints.txt", "pyproject.toml", "README.md", "docs/containers.md", "moetrain/doctor.py")
+READ: tuple[str, ...] = ("constraints.txt", "pyproject.toml", "README.md", "docs/containers.md", "moetrain/doctor.py")
 READ += ("containers/versions.lock", *map(str, check.DOCKERFILES.values()))
 
 
