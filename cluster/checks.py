@@ -21,7 +21,9 @@ def check_gpus(node: Node) -> Result:
     """As many GPUs as there should be."""
     names = [row[0] for row in query(node, "gpu", "name")]
     found = f"{len(names)} x {', '.join(sorted(set(names)))}"
-    return (OK, found) if len(names) == node.limits.gpus else (CRITICAL, f"{found}, expected {node.limits.gpus}")
+    if len(names) != node.limits.gpus:
+        return CRITICAL, f"{found}, expected {node.limits.gpus}", {"names": names}
+    return OK, found, {"names": names}
 
 
 def check_ecc(node: Node) -> Result:
@@ -39,6 +41,8 @@ def check_ecc(node: Node) -> Result:
     return OK, f"no uncorrected errors on {len(errors)} GPUs"
 
 
+DRIVER = "NVRM:"
+"""What lines of the driver begin with in the kernel's log; it says so when it is loaded."""
 XID_HARDWARE = {
     48: "double-bit memory error",
     63: "row remapping or page retirement",
@@ -59,12 +63,15 @@ def check_xid(node: Node) -> Result:
     """No hardware error in the kernel's log since the machine started."""
     query(node, "gpu", "name")
     found: dict[int, int] = {}
-    for number in re.findall(r"NVRM: Xid \(.*?\): (\d+)", kernel_log()):
+    log = kernel_log()
+    if DRIVER not in log:
+        return UNKNOWN, "the kernel's log, as far as it can be read here, says nothing of the driver"
+    for number in re.findall(DRIVER + r" Xid \(.*?\): (\d+)", log):
         found[int(number)] = found.get(int(number), 0) + 1
     if bad := [f"Xid {n} x{found[n]} ({XID_HARDWARE[n]})" for n in sorted(found) if n in XID_HARDWARE]:
-        return CRITICAL, "; ".join(bad)
+        return CRITICAL, "; ".join(bad), {"xids": found}
     if found:
-        return WARNING, "; ".join(f"Xid {n} x{count}" for n, count in sorted(found.items()))
+        return WARNING, "; ".join(f"Xid {n} x{count}" for n, count in sorted(found.items())), {"xids": found}
     return OK, "no Xid since the machine started"
 
 
@@ -83,23 +90,27 @@ def check_clocks(node: Node) -> Result:
         mask = int(reasons, 16)
         bad += [f"GPU {i} at {temperature} C: {text}" for bit, text in THROTTLE.items() if mask & bit]
         hottest = max(hottest, temperature, key=lambda text: int(text) if text.isdigit() else -1)
-    return (CRITICAL, "; ".join(bad)) if bad else (OK, f"not throttled, the hottest GPU at {hottest} C")
+    measured = {"reasons": [row[0] for row in rows], "celsius": [row[1] for row in rows]}
+    if bad:
+        return CRITICAL, "; ".join(bad), measured
+    return OK, f"not throttled, the hottest GPU at {hottest} C", measured
 
 
 def check_nvlink(node: Node) -> Result:
     """All NVLinks of all GPUs are up."""
-    active: list[int] = []
+    active: list[list[float]] = []
     for line in nvidia_smi(node, "nvlink", "--status").splitlines():
         if line.startswith("GPU"):
-            active.append(0)
-        elif re.search(r"Link \d+: [\d.]+ GB/s", line):
-            active[-1] += 1
+            active.append([])
+        elif found := re.search(r"Link \d+: ([\d.]+) GB/s", line):
+            active[-1].append(float(found[1]))
     if not active:
         return UNKNOWN, "nvidia-smi reports no NVLink status"
-    bad = [f"GPU {i}: {count} links" for i, count in enumerate(active) if count != node.limits.nvlinks]
+    measured = {"links": [len(rates) for rates in active], "gb_per_second": [sum(rates) for rates in active]}
+    bad = [f"GPU {i}: {len(rates)} links" for i, rates in enumerate(active) if len(rates) != node.limits.nvlinks]
     if bad:
-        return CRITICAL, f"{'; '.join(bad)}; expected {node.limits.nvlinks}"
-    return OK, f"{node.limits.nvlinks} links of each of {len(active)} GPUs are up"
+        return CRITICAL, f"{'; '.join(bad)}; expected {node.limits.nvlinks}", measured
+    return OK, f"{node.limits.nvlinks} links of each of {len(active)} GPUs are up", measured
 
 
 def check_infiniband(node: Node) -> Result:
@@ -123,7 +134,9 @@ def check_infiniband(node: Node) -> Result:
 
 
 def check_gdrcopy(node: Node) -> Result:
-    """GDRCopy's driver is loaded; DeepEP's low-latency transport writes through it."""
+    """GDRCopy's driver is loaded; between nodes, DeepEP's low-latency transport writes through it."""
+    if not node.infiniband:
+        return UNKNOWN, "the site file names no InfiniBand devices that it would serve"
     query(node, "gpu", "name")
     version = node.root / "sys/module/gdrdrv/version"
     if not (node.root / "dev/gdrdrv").exists():
@@ -133,7 +146,7 @@ def check_gdrcopy(node: Node) -> Result:
 
 def check_disk(node: Node) -> Result:
     """Room and inodes where jobs write."""
-    bad, seen = [], []
+    bad, seen, measured = [], [], {}
     for path in node.limits.disk_paths:
         try:
             found = os.statvfs(path)
@@ -142,11 +155,12 @@ def check_disk(node: Node) -> Result:
             continue
         free, inodes = found.f_bavail * found.f_frsize / 1e9, found.f_favail
         seen.append(f"{path} {free:,.0f} GB free")
+        measured[path] = {"free_gb": round(free, 1), "free_inodes": inodes}
         if free < node.limits.free_gb:
             bad.append(f"{path} has {free:,.1f} GB free, expected {node.limits.free_gb:,.0f}")
         if found.f_files and inodes < node.limits.free_inodes:  # some file systems count none
             bad.append(f"{path} has {inodes:,} inodes free, expected {node.limits.free_inodes:,}")
-    return (CRITICAL, "; ".join(bad)) if bad else (OK, ", ".join(seen))
+    return (CRITICAL, "; ".join(bad), measured) if bad else (OK, ", ".join(seen), measured)
 
 
 class _Timex(ctypes.Structure):
@@ -168,7 +182,8 @@ def check_clock(node: Node) -> Result:
     if state == 5:  # TIME_ERROR
         return WARNING, "not synchronised with a time server"
     limit = node.limits.clock_skew_seconds
-    return OK if error <= limit else CRITICAL, f"at most {error:.3f} s wrong, expected {limit:g}"
+    text = f"at most {error:.3f} s wrong, expected {limit:g}"
+    return OK if error <= limit else CRITICAL, text, {"error_seconds": error}
 
 
 def check_image(node: Node) -> Result:
@@ -184,9 +199,9 @@ def check_image(node: Node) -> Result:
             if time.monotonic() > node.deadline:
                 return CRITICAL, f"{node.image} could not be read in time"
     found = digest.hexdigest()
-    return (
-        (OK, found[:12]) if found == node.image_sha256 else (CRITICAL, f"{found[:12]} is not {node.image_sha256[:12]}")
-    )
+    if found != node.image_sha256:
+        return CRITICAL, f"{found[:12]} is not {node.image_sha256[:12]}", {"sha256": found}
+    return OK, found[:12], {"sha256": found}
 
 
 def check_memory(node: Node) -> Result:
@@ -200,11 +215,14 @@ def check_gemm(node: Node) -> Result:
 
 
 def kernel_log() -> str:
-    """The kernel's messages; many systems show them to root alone, but to members of a group through the journal."""
+    """The kernel's messages. Many systems show them to root alone, but to members of a group through the journal, which
+    also keeps what the kernel has overwritten."""
     try:
-        return command("dmesg")
+        if DRIVER in (log := command("dmesg")):
+            return log
     except FAILED:
-        return command("journalctl", "--dmesg", "--boot", "--no-pager", "--quiet")
+        pass
+    return command("journalctl", "--dmesg", "--boot", "--no-pager", "--quiet")
 
 
 @functools.cache
@@ -212,15 +230,18 @@ def gpu_rates(node: Node) -> list[dict[str, float]]:
     """What torch measures on each GPU of the node; empty where it sees none.
 
     Raises:
-        Broken: it fails on a machine that has GPUs.
+        Broken: it fails on a machine that has GPUs, or does not see them.
         OSError, subprocess.SubprocessError: there is no torch.
     """
     try:
         output = command(sys.executable, str(RATES), "gpus", timeout=node.remaining())
     except FAILED as error:
         raise blame(node, error) from error
-    found: dict[str, list[dict[str, float]]] = json.loads(output)
-    return found["gpus"]
+    found = json.loads(output)
+    rates: list[dict[str, float]] = found["gpus"]
+    if not rates and found["cuda"] and node.has_gpus():
+        raise Broken(f"torch, built for CUDA {found['cuda']}, sees no GPU")
+    return rates
 
 
 def blame(node: Node, error: Exception) -> Exception:
@@ -233,9 +254,10 @@ def _slowest(node: Node, name: str, unit: str, expected: float) -> Result:
     if not found:
         return UNKNOWN, "no GPU here"
     bad = [f"GPU {i}: {rate:,.0f}" for i, rate in enumerate(found) if rate < expected]
+    measured = {name: [round(rate, 1) for rate in found]}
     if bad:
-        return CRITICAL, f"{'; '.join(bad)} {unit}, expected {expected:,.0f}"
-    return OK, f"{min(found):,.0f} to {max(found):,.0f} {unit}"
+        return CRITICAL, f"{'; '.join(bad)} {unit}, expected {expected:,.0f}", measured
+    return OK, f"{min(found):,.0f} to {max(found):,.0f} {unit}", measured
 
 
 def _is_set(cell: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
@@ -9,6 +10,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from cluster.checks import RATES, blame, gpu_rates
 from cluster.node import CRITICAL, FAILED, OK, UNKNOWN, WARNING, Node, Result, why
@@ -22,15 +24,35 @@ ROUND_SECONDS = (40.0, 70.0)
 
 def check_all_reduce(node: Node) -> Result:
     """NCCL between the GPUs of this node."""
-    gpus = len(gpu_rates(node))
-    if gpus < 2:
+    if (gpus := len(gpu_rates(node))) < 2:
         return UNKNOWN, f"{gpus} GPU{'s' * (gpus != 1)} here"
+    found = round(node_links(node)["bus_gb_per_second"], 1)
+    expected = node.limits.all_reduce_gb_per_second
+    return OK if found >= expected else CRITICAL, f"{found:.0f} GB/s, expected {expected:.0f}", {"gb_per_second": found}
+
+
+def check_gpu_pairs(node: Node) -> Result:
+    """NCCL from each GPU of this node to each other: a path that an all-reduce does not take is seen too."""
+    if (gpus := len(gpu_rates(node))) < 2:
+        return UNKNOWN, f"{gpus} GPU{'s' * (gpus != 1)} here"
+    rates = [[round(rate, 1) for rate in row] for row in node_links(node)["pair_gb_per_second"]]
+    expected = node.limits.gpu_pair_gb_per_second
+    pairs = {(i, j): rates[i][j] for i in range(gpus) for j in range(gpus) if i != j}
+    bad = [f"GPU {i} to {j}: {rate:.0f}" for (i, j), rate in pairs.items() if rate < expected]
+    measured = {"gb_per_second": rates}
+    if bad:
+        return CRITICAL, f"{'; '.join(bad)} GB/s, expected {expected:.0f}", measured
+    return OK, f"{min(pairs.values()):.0f} to {max(pairs.values()):.0f} GB/s between every two", measured
+
+
+@functools.cache
+def node_links(node: Node) -> dict[str, Any]:
+    """What NCCL does between the GPUs of this node; raises as `gpu_rates` does."""
+    gpus = len(gpu_rates(node))
     try:
-        found = all_reduce(gpus, 0, gpus, "127.0.0.1", PORT, node.remaining())["bus_gb_per_second"]
+        return measure("links", gpus, 0, gpus, "127.0.0.1", PORT, node.remaining())
     except FAILED as error:
         raise blame(node, error) from error
-    expected = node.limits.all_reduce_gb_per_second
-    return OK if found >= expected else CRITICAL, f"{found:.0f} GB/s, expected {expected:.0f}"
 
 
 def check_pairs(node: Node) -> Result:
@@ -78,7 +100,7 @@ def measure_pair(node: Node, gpus: int, number: int) -> Pair | None:
     port = PORT + 1 + number * len(node.peers) + first
     try:
         seconds = min(node.remaining(), ROUND_SECONDS[number])
-        found = all_reduce(gpus, 0 if index < other else gpus, 2 * gpus, node.peers[first][1], port, seconds)
+        found = measure("all-reduce", gpus, 0 if index < other else gpus, 2 * gpus, node.peers[first][1], port, seconds)
     except FAILED as error:
         return Pair(partner, failure=why(error))
     return Pair(partner, found["bus_gb_per_second"], found["clock_skew_seconds"])
@@ -97,13 +119,15 @@ def judge_pairs(pairs: Sequence[Pair | None], node: Node) -> Result:
         f"{pair.partner}: {pair.failure or f'{pair.gb_per_second:.0f} GB/s, {pair.clock_skew_seconds:.2f} s apart'}"
         for pair in measured
     )
+    figures = {pair.partner: round(pair.gb_per_second, 1) for pair in measured if not pair.failure}
     if len(good) == len(measured):
-        return OK, text
-    return (WARNING if good else CRITICAL), f"{text}; expected {expected:.0f} GB/s and {skew:g} s"
+        return OK, text, {"gb_per_second": figures}
+    text += f"; expected {expected:.0f} GB/s and {skew:g} s"
+    return WARNING if good else CRITICAL, text, {"gb_per_second": figures}
 
 
-def all_reduce(ranks: int, first: int, world: int, address: str, port: int, seconds: float) -> dict[str, float]:
-    """One all-reduce of `world` ranks, of which `ranks` run here, from number `first` on.
+def measure(verb: str, ranks: int, first: int, world: int, address: str, port: int, seconds: float) -> dict[str, Any]:
+    """One measurement by `world` ranks, of which `ranks` run here, from number `first` on.
 
     Returns what it measured (see `rates.py`), from the first rank that is here.
 
@@ -113,7 +137,7 @@ def all_reduce(ranks: int, first: int, world: int, address: str, port: int, seco
     common = {**os.environ, "WORLD_SIZE": str(world), "MASTER_ADDR": address, "MASTER_PORT": str(port)}
     processes = [
         subprocess.Popen(
-            [sys.executable, str(RATES), "all-reduce"],
+            [sys.executable, str(RATES), verb],
             env={**common, "RANK": str(first + local), "LOCAL_RANK": str(local)},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -130,6 +154,6 @@ def all_reduce(ranks: int, first: int, world: int, address: str, port: int, seco
             process.wait()
     for process, (_, errors) in zip(processes, outputs, strict=True):
         if process.returncode:
-            raise subprocess.CalledProcessError(process.returncode, "all-reduce", stderr=errors)
-    found: dict[str, float] = json.loads(outputs[0][0])
+            raise subprocess.CalledProcessError(process.returncode, verb, stderr=errors)
+    found: dict[str, Any] = json.loads(outputs[0][0])
     return found

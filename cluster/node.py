@@ -6,9 +6,11 @@ import functools
 import subprocess
 import time
 import tomllib
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from enum import IntEnum
 from pathlib import Path
+from typing import Any
 
 COMMAND_SECONDS = 20.0
 """A driver that is stuck lets nvidia-smi hang."""
@@ -40,6 +42,7 @@ class Limits:
     gemm_tflops: float = 550.0
     memory_gb_per_second: float = 2500.0
     all_reduce_gb_per_second: float = 300.0
+    gpu_pair_gb_per_second: float = 200.0
     pair_gb_per_second: float = 150.0
     disk_paths: tuple[str, ...] = ("/tmp",)
     free_gb: float = 50.0
@@ -70,13 +73,17 @@ class Node:
     def has_gpus(self) -> bool:
         """Whether the PCI bus has an NVIDIA GPU, whatever the driver says."""
         for device in (self.root / "sys/bus/pci/devices").glob("*"):
+            if not (device / "vendor").is_file():
+                continue
             vendor, kind = ((device / name).read_text().strip() for name in ("vendor", "class"))
             if vendor == "0x10de" and kind.startswith("0x03"):  # display controllers; NVSwitches are bridges
                 return True
         return False
 
 
-Result = tuple[Status, str]
+Measured = Mapping[str, Any]
+Result = tuple[Status, str] | tuple[Status, str, Measured]
+"""A verdict, a line for people, and the figures behind it where there are some."""
 OK, WARNING, CRITICAL, UNKNOWN = Status
 
 

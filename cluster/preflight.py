@@ -1,7 +1,7 @@
 """Is this node fit to train? A table of small checks, as a Slurm prolog or a job's first step, in at most 3 minutes.
 
     python -m cluster.preflight --site cluster/site.toml          all checks, as text
-    python -m cluster.preflight --site cluster/site.toml --json   for programs
+    python -m cluster.preflight --site cluster/site.toml --json   for programs: with every figure that was measured
     python -m cluster.preflight --quick                           what takes seconds and no GPU memory: for a prolog
 
 It ends with 0 (ok), 1 (warning), 2 (critical) or 3 (unknown), as Nagios plugins do: critical where any check is, else
@@ -19,11 +19,11 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import NoReturn
 
 from cluster import checks, links
-from cluster.node import CRITICAL, FAILED, OK, UNKNOWN, WARNING, Broken, Node, Result, Status, read_site, why
+from cluster.node import CRITICAL, FAILED, OK, UNKNOWN, WARNING, Broken, Measured, Node, Result, Status, read_site, why
 
 DEADLINE_SECONDS = 170.0
 """All checks together; one that is not reached by then is critical."""
@@ -44,9 +44,10 @@ CHECKS: dict[str, Check] = {
     "memory": checks.check_memory,
     "gemm": checks.check_gemm,
     "all_reduce": links.check_all_reduce,
+    "gpu_pairs": links.check_gpu_pairs,
     "pairs": links.check_pairs,
 }
-SLOW = frozenset({"image", "memory", "gemm", "all_reduce", "pairs"})
+SLOW = frozenset({"image", "memory", "gemm", "all_reduce", "gpu_pairs", "pairs"})
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,7 @@ class Finding:
     status: Status
     text: str
     seconds: float = 0.0
+    measured: Measured = field(default_factory=dict)
 
 
 def examine(node: Node, names: Sequence[str]) -> list[Finding]:
@@ -62,16 +64,18 @@ def examine(node: Node, names: Sequence[str]) -> list[Finding]:
     findings = []
     for name in names:
         begin = time.monotonic()
+        measured: Measured = {}
         try:
             if begin >= node.deadline:
                 status, text = CRITICAL, f"not reached within {DEADLINE_SECONDS:.0f} s"
             else:
-                status, text = CHECKS[name](node)
+                found = CHECKS[name](node)
+                status, text, measured = found if len(found) == 3 else (*found, measured)
         except Broken as error:
             status, text = CRITICAL, str(error)
         except (*FAILED, ValueError, LookupError) as error:  # a tool is missing or speaks in a way that we do not know
             status, text = UNKNOWN, why(error)
-        findings.append(Finding(name, status, text, round(time.monotonic() - begin, 2)))
+        findings.append(Finding(name, status, text, round(time.monotonic() - begin, 2), measured))
     return findings
 
 

@@ -32,12 +32,24 @@ with_config(ConfigDict(extra="forbid"))(
 
 _SECRET = re.compile(r"(TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|_KEY)S?$")
 _HOSTS = re.compile(r"[A-Za-z0-9.-]+(\[[0-9,-]+\])?[A-Za-z0-9.-]*")
+_FEATURES = re.compile(r"[A-Za-z0-9][\w.:,&|*()\[\]-]*")
+_OF_THE_JOB = re.compile(
+    r"(SLURM|SBATCH|SRUN|PYXIS)_\w*|(LOCAL_)?(RANK|WORLD_SIZE)|MASTER_(ADDR|PORT)|"
+    r"JOB_DIR|OUTPUT_DIRS?|NODES|RANKS_PER_NODE|EXCLUDE|PREFLIGHT|CONFIG"
+)
+"""Variables that Slurm, pyxis and the batch script set or read; a site's value would change what the job does."""
 _WORD = re.compile(r"[A-Za-z0-9][\w.@+-]*")
 
 
 def _word(text: str) -> str:
     if not _WORD.fullmatch(text):
         raise ValueError(f"{text!r} is not a name of letters, digits and .@+_-")
+    return text
+
+
+def _features(text: str) -> str:
+    if not _FEATURES.fullmatch(text):
+        raise ValueError(f"{text!r} is no expression of features, such as h100&ib")
     return text
 
 
@@ -63,7 +75,7 @@ class Slurm(_Table):
     account: Word | None = None
     qos: Word | None = None
     reservation: Word | None = None
-    constraint: Line | None = None
+    constraint: Annotated[Line, AfterValidator(_features)] | None = None
     """Features of nodes, such as `h100&ib`."""
     exclude: tuple[Hosts, ...] = ()
     """Nodes that no job may use, such as `h100-07` or `h100-[01-04]`."""
@@ -128,7 +140,12 @@ class Site(_Table):
     preflight: Limits = Limits()
 
     @model_validator(mode="after")
-    def _no_secret_values(self) -> Site:
+    def _variables_are_the_sites(self) -> Site:
+        for table, name in [("environment", name) for name in self.environment] + [
+            ("secrets", n) for n in self.secrets
+        ]:
+            if _OF_THE_JOB.fullmatch(name):
+                raise ValueError(f"{table}.{name} is for Slurm or the job itself to set; take it out")
         for name in self.environment:
             if _SECRET.search(name):
                 raise ValueError(
@@ -170,6 +187,8 @@ def load_site(path: str | Path) -> Site:
         )
     try:
         raw = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"site file {path} cannot be read: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not valid TOML: {error}") from error
     try:

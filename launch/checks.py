@@ -120,8 +120,10 @@ def check_secrets(job: Job) -> str:
     return f"{len(job.site.secrets)} named by file"
 
 
-def check_model(job: Job, model: PreTrainedModel) -> str:
+def check_model(job: Job, model: PreTrainedModel | None) -> str:
     """The ranks of an expert group share the model's experts evenly."""
+    if model is None:
+        raise Unseen(f"model.path={job.configs[0].model.path} is not a directory here")
     check_experts(model, job.nodes * job.ranks_per_node, job.configs[0].parallel)
     return f"{model.config.model_type} of {model.num_parameters() / 1e9:,.1f} billion parameters"
 

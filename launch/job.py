@@ -68,7 +68,7 @@ class Job:
         """Write the folder and submit the batch script.
 
         Raises:
-            ValueError: sbatch refuses it; the message is sbatch's.
+            ValueError: sbatch refuses it; the message is sbatch's. Or two launches met in the same second.
         """
         executor = _Executor(self)
         self.write()
@@ -80,7 +80,10 @@ class Job:
 
     def write(self) -> None:
         """Make the folder with what the job reads: what is edited later does not change a job that waits."""
-        self.folder.mkdir(parents=True)
+        try:
+            self.folder.mkdir(parents=True)
+        except FileExistsError:
+            raise ValueError(f"{self.folder} belongs to another launch of this second; launch again") from None
         many = len(self.configs) > 1
         for number, config in enumerate(self.configs):
             name = f"config-{number}.yaml" if many else "config.yaml"
@@ -209,6 +212,9 @@ class _Executor(submitit.SlurmExecutor):
         for name, value in parameters.items():
             _refuse_control_characters(name, value)
         _refuse_control_characters("folder", job.folder)
+        _refuse_control_characters("command", self._command)
+        for name, value in {**parameters, "folder": job.folder}.items():
+            _refuse_backslashes(name, value)
         self.update_parameters(**parameters)
         if len(job.configs) > 1:
             self.parameters["map_count"] = len(job.configs)
@@ -229,6 +235,14 @@ class _Executor(submitit.SlurmExecutor):
         # sbatch takes options from variables too, and they win over those of the script
         unset = [f"--unset={name}" for name in os.environ if name.startswith("SBATCH_")]
         return ["env", *unset, "sbatch", str(submission_file_path)]
+
+
+def _refuse_backslashes(name: str, value: object) -> None:
+    """Raise ValueError where a value of a `#SBATCH` line could leave its quotes: sbatch, unlike a shell, takes a
+    backslash for an escape between single quotes too. Lists are lines for bash."""
+    values = value.values() if isinstance(value, Mapping) else [] if isinstance(value, list) else [value]
+    if any("\\" in str(item) for item in values):
+        raise ValueError(f"{name} holds a backslash, which sbatch would take for an escape; take it out")
 
 
 def _refuse_control_characters(name: str, value: object) -> None:

@@ -16,6 +16,7 @@ UNAVAILABLE=69
 CONTINUE=75
 NO_PROGRESS=79
 RESTARTS_WITHOUT_PROGRESS=3
+USERS_TO_MEND='2|126|127'
 
 task=${SLURM_ARRAY_TASK_ID:-}
 CONFIG=$JOB_DIR/config${task:+-$task}.yaml
@@ -43,6 +44,8 @@ newest_step() {
 begin() {
     progress_file=$JOB_DIR/progress-$SLURM_JOB_ID
     excluded_file=$JOB_DIR/excluded-$SLURM_JOB_ID
+    wrong_file=$JOB_DIR/wrong-$SLURM_JOB_ID
+    rm -f "$wrong_file"
     [ -s "$progress_file" ] || echo "$(newest_step) 0" > "$progress_file"
     say "start ${SLURM_RESTART_COUNT:-0} on $SLURM_JOB_NODELIST"
 }
@@ -103,21 +106,46 @@ place_ranks() {
     LOCAL_WORLD_SIZE=$RANKS_PER_NODE
     export MASTER_ADDR MASTER_PORT WORLD_SIZE LOCAL_WORLD_SIZE
     say "$WORLD_SIZE ranks on $(uniq "$file" | paste -sd,)"
+    exec 2> >(heed)
+    heeding=$!
+}
+
+# Pass on what srun says of the ranks. As soon as one has ended with a code that a restart would not mend, remember the
+# code and end the step: the others would wait for that rank and be killed in the end, with a higher code for the step.
+heed() {
+    local line steps
+    while IFS= read -r line; do
+        echo "$line"
+        if [[ $line =~ ^srun:\ error:\ .*:\ tasks?\ ([^:]+):\ Exited\ with\ exit\ code\ ($USERS_TO_MEND)$ ]]; then
+            [ ! -s "$wrong_file" ] || continue
+            echo "${BASH_REMATCH[2]} ${BASH_REMATCH[1]}" > "$wrong_file"
+            mapfile -t steps < <(squeue --noheader --steps --jobs="$SLURM_JOB_ID" --format=%i | grep '\.[0-9]*$')
+            [ ${#steps[@]} = 0 ] || scancel "${steps[@]}"
+        fi
+    done
 }
 
 # The training step has ended with a code.
 finish() {
-    case $1 in
+    local code=$1 ranks
+    exec 2>&1
+    [ -z "${heeding:-}" ] || wait "$heeding"
+    if [ -s "$wrong_file" ]; then
+        read -r code ranks < "$wrong_file"
+        say "exit code $code of rank $ranks: a restart would not mend this; the reason is in the rank's log in $JOB_DIR"
+        exit "$code"
+    fi
+    case $code in
         0)
             say "finished"
             exit 0
             ;;
         2 | 126 | 127)
-            say "exit code $1: a restart would not mend this; the reason is above, or in the log of another rank"
-            exit "$1"
+            say "exit code $code: a restart would not mend this; the reason is above, or in the log of another rank"
+            exit "$code"
             ;;
         "$CONTINUE") restart "stopped by a signal and saved" ;;
-        *) restart "the training step ended with exit code $1" ;;
+        *) restart "the training step ended with exit code $code" ;;
     esac
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -13,6 +14,7 @@ import submitit
 
 from launch.job import ROOT
 from launch.run import LOCAL_RANKS, Run, configure, scaled_down
+from moetrain.guard import check_writable
 from moetrain.launcher import USER_ERROR, free_port, rank_environment
 from moetrain.report import config_yaml
 
@@ -24,11 +26,14 @@ def run_local(run: Run, raw: Mapping[str, Any], overrides: Sequence[str]) -> int
     """Run the small copy, one process a GPU of this machine, or two; shows rank 0's output. Returns the exit code.
 
     Raises:
-        ValueError: the configuration is wrong.
+        ValueError: the configuration is wrong, or its output directory cannot be written.
     """
     ranks = _gpus() or LOCAL_RANKS
-    configure(raw)  # what is wrong with the run itself is wrong with its copy too
-    config = configure(scaled_down(run, raw, ranks), overrides)
+    full = configure(raw, overrides)  # what is wrong with the run itself is wrong with its copy too
+    raw = {**raw, "model": {**raw["model"], "path": full.model.path}}
+    others = [override for override in overrides if not override.startswith("model.path=")]  # the copy has its own
+    config = configure(scaled_down(run, raw, ranks), others)
+    check_writable(config.output_dir)
     folder = Path(config.output_dir) / "job"
     folder.mkdir(parents=True, exist_ok=True)
     config_file = folder.absolute() / "config.yaml"
@@ -41,10 +46,12 @@ def run_local(run: Run, raw: Mapping[str, Any], overrides: Sequence[str]) -> int
     )
     job = executor.submit(train_rank, str(config_file), ranks, free_port())
     print(f"{run.name}, a small copy on {ranks} ranks; its folder: {folder}", flush=True)
-    _show(job)
-    codes = [_code(job.task(rank)) for rank in range(ranks)]
-    if USER_ERROR in codes:  # the ranks that waited for the one that told it failed by that
+    _show(job, ranks)
+    if telling := [rank for rank in range(ranks) if _told(job.task(rank))]:
+        if telling[0] > 0:
+            sys.stderr.write(job.task(telling[0]).paths.stdout.read_text(errors="replace"))
         return USER_ERROR
+    codes = [_code(job.task(rank)) for rank in range(ranks)]
     for error in (code for code in codes if isinstance(code, Exception)):
         print(error, file=sys.stderr)
         return 1
@@ -68,12 +75,21 @@ def _code(task: submitit.Job[int]) -> int | Exception:
         return error
 
 
-def _show(job: submitit.Job[int]) -> None:
-    """Copy rank 0's log to this terminal until the job has ended."""
+def _told(task: submitit.Job[int]) -> bool:
+    """Whether a rank has ended by telling the user what to mend."""
+    result = task.paths.result_pickle
+    return result.exists() and pickle.loads(result.read_bytes()) == ("success", USER_ERROR)
+
+
+def _show(job: submitit.Job[int], ranks: int) -> None:
+    """Copy rank 0's log to this terminal until the job has ended. It ends with the first rank that tells the user what
+    to mend: the others would wait for that rank."""
     log = job.task(0).paths.stdout
     shown = 0
     while True:
         done = job.done()
+        if not done and any(_told(job.task(rank)) for rank in range(ranks)):
+            job.cancel()
         if log.exists():
             text = log.read_bytes()[shown:]
             shown += len(text)

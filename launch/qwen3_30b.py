@@ -30,7 +30,7 @@ RUN = Run(
         "data": {
             "train": [{"path": "data/chats.jsonl", "format": "chat"}],
             "seq_len": 4096,
-            "batch_size": 4,
+            "batch_size": 2,
         },
         "optim": {"lr": 1e-5, "states": "bf16_stochastic", "warmup_steps": 50},
         "train": {"steps": 2000, "eval_every": 200},

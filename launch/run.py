@@ -49,6 +49,8 @@ class Run:
                 one_line(getattr(self, name))
             except ValueError as error:
                 raise ValueError(f"{name} of the run {error}") from None
+        if "\\" in self.comment:  # sbatch takes it for an escape, between single quotes too
+            raise ValueError("comment of the run holds a backslash; take it out")
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,8 @@ def parse_sweep(text: str) -> Sweep:
     if not found:
         raise ValueError(f"--array {text!r} is not section.key=VALUE,VALUE,... or section.key=VALUE,VALUE,...%PARALLEL")
     values = tuple(found[2].split(","))
+    if len(set(values)) < len(values):
+        raise ValueError(f"--array {text!r} names a value twice; each job needs one of its own")
     return Sweep(found[1], values, int(found[3] or len(values)))
 
 
@@ -111,10 +115,13 @@ def scaled_down(run: Run, raw: Mapping[str, Any], ranks: int) -> dict[str, Any]:
     for section, values in LOCAL_SECTIONS.items():
         small[section] = {**small.get(section, {}), **values}
     small["model"]["path"] = str(output_dir / "start")
-    if run.architecture:
+    if run.architecture and raw["model"]["path"] == run.config["model"]["path"]:
         small["model"]["create"] = {"vocab_size": 512, "config": {**run.architecture, **run.small, "vocab_size": 512}}
     elif not small["model"].get("create"):
-        raise ValueError(f"{run.name} has no architecture to make a small copy of; set model.create, or leave --local")
+        raise ValueError(
+            f"{run.name} has no architecture of {raw['model']['path']} to make a small copy of; set model.create, or "
+            "try it without --local"
+        )
     small["parallel"] = {"processes": ranks, "ep_size": min(ranks, small.get("parallel", {}).get("ep_size", 1))}
     if any(
         not source["path"].startswith("python:") and not Path(source["path"]).exists() for source in _sources(small)

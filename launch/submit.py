@@ -11,9 +11,11 @@ import argparse
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from pydantic import ValidationError
 
 from cluster.site import load_site
 from containers.spec import ContainerSpec
@@ -21,8 +23,12 @@ from launch.job import ROOT, Job
 from launch.run import Run, configure, parse_minutes, parse_sweep
 from moetrain.config import CreateConfig, RunConfig, load_mapping
 
+if TYPE_CHECKING:
+    from moetrain.plan.search import Plan
+
 SITE_FILE = ROOT / "cluster" / "site.toml"
 USER_ERROR = 2
+MAX_NODES = 10_000
 
 
 def main(run: Run, argv: Sequence[str] | None = None) -> int:
@@ -52,13 +58,13 @@ def job_of(run: Run, raw: Any, args: argparse.Namespace) -> Job:
     if args.image:
         if container is None:
             raise ValueError("--image: the site file has no [container]; its jobs run on the nodes themselves")
-        container = ContainerSpec.model_validate(container.model_dump() | {"image": args.image, "sha256": None})
+        container = _with_image(container, args.image)
     sweep = parse_sweep(args.array) if args.array else None
     config = configure(raw, args.overrides)
     configs: tuple[RunConfig, ...] = (config,)
     if sweep is not None:
         names = [f"{sweep.key}={value}" for value in sweep.values]
-        outputs = [f"output_dir={config.output_dir}/{name}" for name in names]
+        outputs = [f"output_dir={config.output_dir}/{name.replace('/', '_')}" for name in names]
         configs = tuple(configure(raw, [*args.overrides, *pair]) for pair in zip(names, outputs, strict=True))
     return Job(
         name=run.name,
@@ -74,6 +80,14 @@ def job_of(run: Run, raw: Any, args: argparse.Namespace) -> Job:
         parallel=sweep.parallel if sweep else 1,
         folder=Path(site.paths.shared) / "jobs" / f"{run.name}-{time.strftime('%Y%m%d-%H%M%S')}",
     )
+
+
+def _with_image(container: ContainerSpec, image: str) -> ContainerSpec:
+    try:
+        return ContainerSpec.model_validate(container.model_dump() | {"image": image, "sha256": None})
+    except ValidationError as error:
+        (found,) = error.errors()
+        raise ValueError(f"--image: {found['msg'].removeprefix('Value error, ')}") from None
 
 
 def submit(run: Run, job: Job) -> int:
@@ -102,33 +116,50 @@ def dry_run(run: Run, job: Job) -> int:
     print(f"\n# --- the training step of {job.nodes} nodes ---\n{_step(job)}")
     if job.container is not None and job.container.image.startswith("/"):
         print(f"\n# --- the same container on one machine ---\n{job.container.enroot_command(['moetrain', 'doctor'])}")
-    print(f"\n# --- plan ---\n{plan(run, job)}")
+    planned = plan(run, job)
+    print(f"\n# --- plan ---\n{planned if isinstance(planned, str) else planned.render()}")
     print("\n# --- checked ---", flush=True)
-    found = list(checks(run, job))
+    found = [*checks(run, job), _memory(planned)]
     for mark, name, text in found:
         print(f"{mark:<7} {name:<8} {text}")
     return USER_ERROR if any(mark == "wrong" for mark, _, _ in found) else 0
 
 
-def plan(run: Run, job: Job) -> str:
-    """Memory, step time, tokens a day and checkpoints, as `moetrain plan` tells them."""
+def plan(run: Run, job: Job) -> Plan | str:
+    """Memory, step time, tokens a day and checkpoints, as `moetrain plan` tells them; or why there is none."""
     if not job.site.slurm.request_gpus:
         return "none: the site has no GPUs"
     from moetrain.plan import plan_run  # here, because it brings torch
 
     planned = with_architecture(run, job.configs[0])
     try:
-        return plan_run(planned, job.nodes, job.ranks_per_node, job.site.slurm.gpu).render()
+        return plan_run(planned, job.nodes, job.ranks_per_node, job.site.slurm.gpu)
     except ValueError as error:
         return f"none: {error}"
 
 
+def _memory(planned: Plan | str) -> tuple[str, str, str]:
+    """Whether the run as it is configured fits, as a line of `checks`."""
+    if isinstance(planned, str):
+        return "unseen", "memory", planned
+    needed = f"{planned.best.memory.needed / 2**30:.1f} GiB a rank on {planned.machine.gpu}"
+    if planned.fitting:
+        return "ok", "memory", f"{needed}, by the plan"
+    return "wrong", "memory", f"{needed} do not fit, by the plan, which names changes that would help"
+
+
 def with_architecture(run: Run, config: RunConfig) -> RunConfig:
     """The configuration, with the run's architecture in place of a checkpoint that is not on this machine."""
-    if not run.architecture or config.model.create is not None or Path(config.model.path).expanduser().is_dir():
+    architecture = architecture_of(run, config)
+    if not architecture or config.model.create is not None or Path(config.model.path).expanduser().is_dir():
         return config
-    model = config.model.model_copy(update={"create": CreateConfig(config=dict(run.architecture))})
+    model = config.model.model_copy(update={"create": CreateConfig(config=dict(architecture))})
     return config.model_copy(update={"model": model})
+
+
+def architecture_of(run: Run, config: RunConfig) -> Mapping[str, Any]:
+    """The run's architecture, unless --config or an override has named another model."""
+    return run.architecture if config.model.path == run.config["model"]["path"] else {}
 
 
 def checks(run: Run, job: Job) -> Iterator[tuple[str, str, str]]:
@@ -137,7 +168,7 @@ def checks(run: Run, job: Job) -> Iterator[tuple[str, str, str]]:
 
     config = job.configs[0]
     try:
-        model = check.model_on_meta(config, run.architecture)
+        model = check.model_on_meta(config, architecture_of(run, config))
     except check.Unseen:
         model = None
     saving = None if model is None else check.save_seconds(job, model)
@@ -180,8 +211,9 @@ def parse(run: Run, argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--config", metavar="FILE", help="YAML file in place of the run's own configuration")
     parser.add_argument("--time", default=run.time, metavar="D-H:M:S", help=f"limit of a job (default: {run.time})")
     parser.add_argument("--array", metavar="a.b=V,V,...", help="a job for each value; %%N at the end: N at a time")
-    parser.add_argument("--dry-run", action="store_true", help="print job, plan and checks; submit nothing")
-    parser.add_argument("--local", action="store_true", help="run a small copy on this machine, without Slurm")
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument("--dry-run", action="store_true", help="print job, plan and checks; submit nothing")
+    instead.add_argument("--local", action="store_true", help="run a small copy on this machine, without Slurm")
     parser.add_argument("overrides", nargs="*", metavar="a.b=c")
     return parser.parse_intermixed_args(argv)
 
@@ -194,6 +226,6 @@ def _positive(text: str) -> int:
 
 
 def _count(text: str) -> int:
-    if not text.isdigit():
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of nodes")
-    return int(text)
+    if not text.isdecimal() or (number := int(text)) > MAX_NODES:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number up to {MAX_NODES:,}")
+    return number

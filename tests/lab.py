@@ -52,11 +52,11 @@ case ${{out##*/}} in
     stops) [ "$start" != 0 ] || {{ trap 'save 5; exit 75' USR2; wait_for_signal; }} ;;
     waits) wait_for_signal ;;
     lingers) trap '' TERM USR2; sleep 600 & wait_for_signal ;;
+    forgets) sleep 600 & ;;
     crashes) mv "$out/env/$start-$RANK.tmp" "$out/env/$start-$RANK"; exit 1 ;;
-    wrong) [ "$RANK" != 1 ] || code=2 ;;
+    wrong) [ "$RANK" != 1 ] || exit 2; wait_for_signal ;;
 esac
 mv "$out/env/$start-$RANK.tmp" "$out/env/$start-$RANK"
-exit ${{code:-0}}
 """
 """Its environment is in `output_dir/env/START-RANK` as soon as it listens to signals, or has ended."""
 

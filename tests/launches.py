@@ -16,6 +16,8 @@ CONFIG = {
     "train": {"steps": 3},
 }
 RUN = Run(name="test", config=CONFIG, nodes=2)
+QUOTED = ["$(touch pwned)", "`touch pwned`", "'; touch pwned; '", '"; touch pwned; "', "a b", "#", "*", "!x", "~"]
+"""What a shell, or sbatch's own parser, could take for more than text."""
 
 
 def write_site(shared: Path, *tables: str, paths: str = "", slurm: str = "") -> Path:

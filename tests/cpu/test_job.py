@@ -14,7 +14,7 @@ import pytest
 from containers.spec import PYXIS_OPTIONS
 from launch.job import ROOT
 from moetrain.config import load_config
-from tests.launches import RUN, container, make_job, write_site
+from tests.launches import QUOTED, RUN, container, make_job, write_site
 
 
 @pytest.fixture
@@ -26,7 +26,29 @@ def shared(tmp_path: Path) -> Path:
 # --- injection ----------------------------------------------------------------------------------------------------
 
 EVIL = ["x\n#SBATCH --uid=0", "x\r\ntouch pwned", "x\0", "x\x1b[2K", "x\u2028y"]
-QUOTED = ["$(touch pwned)", "`touch pwned`", "'; touch pwned; '", '"; touch pwned; "', "a b", "#", "\\", "*", "!x", "~"]
+BACKSLASHES = ["\\", "a\\' b' --uid=0 'c\\", "x\\n#SBATCH --uid=0"]
+
+
+def of_a_container(evil: str) -> list[dict[str, object]]:
+    """Updates of a container's specification, past its own checks."""
+    return [{"image": f"/{evil}"}, {"mounts": (f"/a:/{evil}",)}, {"workdir": f"/{evil}"}, {"env": (evil,)}]
+
+
+@pytest.mark.parametrize("evil", BACKSLASHES)
+def test_backslashes_reach_no_line_of_sbatch(shared: Path, evil: str) -> None:
+    """sbatch takes them for escapes, between single quotes too: the second would add an option."""
+    with pytest.raises(ValueError, match="comment of the run holds a backslash"):
+        replace(RUN, comment=evil)
+    job = make_job(write_site(shared))
+    site = job.site
+    for broken in (
+        replace(job, comment=evil),
+        replace(job, folder=Path(f"/shared/{evil}")),
+        replace(job, site=site.model_copy(update={"slurm": site.slurm.model_copy(update={"constraint": evil})})),
+        replace(job, site=site.model_copy(update={"paths": site.paths.model_copy(update={"shared": f"/{evil}"})})),
+    ):
+        with pytest.raises(ValueError, match="holds a backslash"):
+            broken.script()
 
 
 @pytest.mark.parametrize("evil", EVIL)
@@ -35,6 +57,7 @@ def test_control_characters_reach_no_script(shared: Path, evil: str) -> None:
         replace(RUN, name=evil)
     with pytest.raises(ValueError, match="comment of the run holds the control character"):
         replace(RUN, comment=evil)
+    boxed = make_job(write_site(shared, container(shared / "image.sqsh"))).container
     job = make_job(write_site(shared))
     site = job.site
     for broken in (
@@ -45,7 +68,14 @@ def test_control_characters_reach_no_script(shared: Path, evil: str) -> None:
         replace(job, site=site.model_copy(update={"environment": {evil: "1"}})),
         replace(job, site=site.model_copy(update={"secrets": {"HF_TOKEN_PATH": f"/{evil}"}})),
         replace(job, site=site.model_copy(update={"slurm": site.slurm.model_copy(update={"partition": evil})})),
+        *(
+            replace(job, site=site.model_copy(update={"slurm": site.slurm.model_copy(update={key: evil})}))
+            for key in ("account", "qos", "reservation", "constraint", "path")
+        ),
+        replace(job, site=site.model_copy(update={"slurm": site.slurm.model_copy(update={"exclude": (evil,)})})),
         replace(job, site=site.model_copy(update={"paths": site.paths.model_copy(update={"shared": f"/{evil}"})})),
+        replace(job, site=site.model_copy(update={"paths": site.paths.model_copy(update={"python": evil})})),
+        *(replace(job, container=boxed.model_copy(update=update)) for update in of_a_container(evil)),
     ):
         with pytest.raises(ValueError, match="holds the control character"):
             broken.script()
@@ -148,24 +178,29 @@ def test_site_settings_become_sbatch_lines(shared: Path) -> None:
 
 # --- job.sh: what happens when the step has ended -----------------------------------------------------------------
 
-SCONTROL = """#!/bin/sh
-echo "$@" >> {folder}/scontrol
+TOOL = """#!/bin/sh
+echo "${{0##*/}} $@" >> {folder}/calls
+[ "$1" != --noheader ] || printf '7.2\n7.batch\n'
 [ "$1" != requeue ] || exit {code}
 """
 
 
 def end_of_job(
-    folder: Path, codes: list[int | tuple[int, int]], requeue_fails: bool = False
+    folder: Path, codes: list[int | tuple[int, int]], requeue_fails: bool = False, srun: str = ""
 ) -> tuple[list[int], str, str]:
     """Run the end of a job once for each exit code of its step; with (code, step) a checkpoint appears before.
 
-    Returns the exit codes of the batch script, what it said, and its calls of scontrol.
+    Args:
+        srun: what it says of the ranks.
+
+    Returns the exit codes of the batch script, what it said, and its calls of Slurm's tools.
     """
     tools = folder / "bin"
     tools.mkdir()
-    (tools / "scontrol").write_text(SCONTROL.format(folder=folder, code=int(requeue_fails)))
-    (tools / "scontrol").chmod(0o755)
-    (folder / "scontrol").touch()
+    for name in ("scontrol", "scancel", "squeue"):
+        (tools / name).write_text(TOOL.format(folder=folder, code=int(requeue_fails)))
+        (tools / name).chmod(0o755)
+    (folder / "calls").touch()
     ends, said = [], ""
     for start, item in enumerate(codes):
         code, step = item if isinstance(item, tuple) else (item, None)
@@ -173,6 +208,9 @@ def end_of_job(
             JOB_DIR={folder} OUTPUT_DIRS=({folder}/out) NODES=1 RANKS_PER_NODE=1 EXCLUDE=n9 PREFLIGHT=()
             source {ROOT}/launch/job.sh
             begin
+            exec 2> >(heed)
+            heeding=$!
+            printf '%s' {shlex.quote(srun)} >&2
             {f"mkdir -p {folder}/out/checkpoints/step-{step:08d}" if step is not None else ""}
             finish {code}
         """
@@ -186,7 +224,7 @@ def end_of_job(
         assert result.stderr == "", result.stderr
         ends.append(result.returncode)
         said += result.stdout
-    return ends, said, (folder / "scontrol").read_text()
+    return ends, said, (folder / "calls").read_text()
 
 
 def test_a_finished_job_is_not_requeued(tmp_path: Path) -> None:
@@ -199,16 +237,41 @@ def test_what_a_restart_would_not_mend_ends_the_job(tmp_path: Path, code: int) -
     assert (ends, calls) == ([code], "") and "a restart would not mend this" in said
 
 
+@pytest.mark.parametrize("code", [2, 126, 127])
+def test_one_rank_with_an_error_to_mend_ends_the_step_and_the_job(tmp_path: Path, code: int) -> None:
+    """The others wait for it and are killed: the step's code is theirs, since it is higher."""
+    srun = f"srun: error: h100-02: tasks 3,5-6: Exited with exit code {code}\nsrun: error: h100-01: task 0: Killed\n"
+    ends, said, calls = end_of_job(tmp_path, [137], srun=srun)
+    assert ends == [code] and f"exit code {code} of rank 3,5-6: a restart would not mend this" in said
+    assert calls == "squeue --noheader --steps --jobs=7 --format=%i\nscancel 7.2\n"
+    assert srun in said, "what srun says stays in the log"
+
+
+@pytest.mark.parametrize(
+    "text", ["task 3: Exited with exit code 1", "task 3: Killed", "tasks 0-7: Exited with exit code 75"]
+)
+def test_other_ends_of_a_rank_leave_the_others_alone(tmp_path: Path, text: str) -> None:
+    ends, _, calls = end_of_job(
+        tmp_path, [137], srun=f"srun: error: h100-02: {text}\nerror: x: Exited with exit code 2\n"
+    )
+    assert (ends, calls) == ([75], "scontrol requeue 7\n")
+
+
+def test_an_error_that_was_mended_is_forgotten(tmp_path: Path) -> None:
+    (tmp_path / "wrong-7").write_text("2 0\n")  # of the start before someone requeued the job by hand
+    assert end_of_job(tmp_path, [0])[0] == [0]
+
+
 @pytest.mark.parametrize("code", [75, 1, 137, 143])
 def test_other_ends_requeue_once(tmp_path: Path, code: int) -> None:
     ends, said, calls = end_of_job(tmp_path, [(code, 12)])
-    assert (ends, calls) == ([75], "requeue 7\n")
+    assert (ends, calls) == ([75], "scontrol requeue 7\n")
     assert "newest checkpoint: step 12; restarts without a new one: 0; requeued" in said
 
 
 def test_three_restarts_without_a_new_checkpoint_end_the_job(tmp_path: Path) -> None:
     ends, said, calls = end_of_job(tmp_path, [1, 75, 137, 1])
-    assert ends == [75, 75, 75, 79] and calls == "requeue 7\n" * 3
+    assert ends == [75, 75, 75, 79] and calls == "scontrol requeue 7\n" * 3
     assert "3 restarts brought no new checkpoint (newest: step -1): not requeued" in said
 
 

@@ -34,6 +34,23 @@ class FakePlan(NamedTuple):
     nodes: int
     gpus_per_node: int
     gpu: str
+    fitting: bool = True
+
+    @property
+    def machine(self) -> FakePlan:
+        return self
+
+    @property
+    def best(self) -> FakePlan:
+        return self
+
+    @property
+    def memory(self) -> FakePlan:
+        return self
+
+    @property
+    def needed(self) -> int:
+        return 58 * 2**30
 
     def render(self) -> str:
         return (
@@ -112,13 +129,39 @@ def test_flags_reach_the_job(shared: Path) -> None:
     assert job.configs[0].train.steps == 11
 
 
+def test_the_output_of_an_array_is_one_name_a_value(shared: Path) -> None:
+    job = make_job(write_site(shared), "--array", "data.cache_dir=/a/b,../..")
+    assert [config.output_dir for config in job.configs] == [
+        "runs/test/data.cache_dir=_a_b",
+        "runs/test/data.cache_dir=.._..",
+    ]
+    assert [config.data.cache_dir for config in job.configs] == ["/a/b", "../.."]
+    with pytest.raises(ValueError, match="names a value twice"):
+        parse_sweep("train.seed=1,2,1")
+
+
+def test_two_launches_of_one_second_do_not_share_a_folder(shared: Path) -> None:
+    site = write_site(shared)
+    make_job(site).write()
+    with pytest.raises(ValueError, match="belongs to another launch of this second"):
+        make_job(site).write()
+
+
 def test_overrides_may_stand_anywhere(shared: Path) -> None:
     site = str(write_site(shared))
     for flags in (["train.seed=1", "--site", site, "train.steps=5"], ["--site", site, "train.seed=1", "train.steps=5"]):
         assert parse(RUN, flags).overrides == ["train.seed=1", "train.steps=5"]
 
 
-@pytest.mark.parametrize("flags", [["--nodes", "0"], ["--nodes", "x"], ["--gpus-per-node", "-1"], ["--nosuch"]])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        *(["--nodes", text] for text in ("0", "x", "\u00b2", "1" + "0" * 20)),
+        ["--gpus-per-node", "-1"],
+        ["--nosuch"],
+        ["--dry-run", "--local"],
+    ],
+)
 def test_wrong_flags_end_with_two(flags: list[str]) -> None:
     with pytest.raises(SystemExit) as exit:
         parse(RUN, flags)
@@ -178,7 +221,13 @@ def test_an_image_that_is_missing_or_another(capsys: pytest.CaptureFixture[str],
     assert f"has SHA-256 {digest}, expected 0000" in fails(capsys, site)
     other = shared / "other.sqsh"
     assert f"image {other} does not exist" in fails(capsys, site, "--image", str(other))
-    assert "has no [container]" in fails(capsys, write_site(shared), "--image", str(image))
+    for name, why in (
+        ("other.sqsh", "neither the absolute path"),
+        ("/x\n#SBATCH --uid=0", "control character U+000A"),
+    ):
+        text = fails(capsys, site, "--image", name)
+        assert "error: --image: " in text and why in text and "validation error" not in text
+    assert "has no [container]" in fails(capsys, write_site(shared), "--image", "/image.sqsh")
 
 
 def test_a_shared_directory_that_ranks_would_not_see(capsys: pytest.CaptureFixture[str], shared: Path) -> None:
@@ -221,6 +270,74 @@ def test_a_partition_that_does_not_exist_is_sbatchs_to_tell(
 def test_an_output_directory_with_a_line_feed_is_refused(capsys: pytest.CaptureFixture[str], shared: Path) -> None:
     text = fails(capsys, write_site(shared), 'output_dir="runs/x\\n#SBATCH --uid=0"')
     assert "holds the control character U+000A" in text and "#!/bin/bash" not in text
+
+
+@pytest.fixture
+def sbatch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An sbatch that leaves a file where it is called."""
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    (tools / "sbatch").write_text(f"#!/bin/sh\ntouch {tmp_path}/called\necho Submitted batch job 12\n")
+    (tools / "sbatch").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tools}:{os.environ['PATH']}")
+    return tmp_path / "called"
+
+
+def test_what_is_right_is_submitted(capsys: pytest.CaptureFixture[str], shared: Path, sbatch: Path) -> None:
+    assert main(RUN, ["--site", str(write_site(shared))]) == 0
+    assert "submitted job 12" in capsys.readouterr().out and sbatch.exists()
+
+
+@pytest.mark.parametrize(
+    ("tables", "slurm", "flags", "text"),
+    [
+        ([], "", ["--site", "/nowhere.toml"], "no site file at /nowhere.toml"),
+        ([], "", ["--gpus-per-node", "3", "parallel.ep_size=8"], "6 ranks are not a multiple of ep_size=8"),
+        (["MISSING"], "", [], "does not exist; make it with `make sqsh`"),
+        (["OTHER"], "", [], "expected 0000"),
+        ([], "", ["--time", "15"], "--time of 15 minutes is too short"),
+        (["[storage]\nwrite_gb_per_second = 1e-4"], "warning_seconds = 1", [], "one save takes about"),
+        ([], "", ["data.train=[{path: nowhere.jsonl}]"], "nowhere.jsonl"),
+    ],
+    ids=["no site", "nodes and experts", "no image", "another image", "time limit", "warning", "data"],
+)
+def test_what_is_wrong_is_not_submitted(
+    capsys: pytest.CaptureFixture[str],
+    shared: Path,
+    sbatch: Path,
+    tables: list[str],
+    slurm: str,
+    flags: list[str],
+    text: str,
+) -> None:
+    image = shared / "image.sqsh"
+    image.write_bytes(b"squashed")
+    boxes = {"MISSING": container(shared / "gone.sqsh"), "OTHER": container(image, f'sha256 = "{"0" * 64}"')}
+    site = write_site(shared, *(boxes.get(table, table) for table in tables), slurm=slurm)
+    assert text in fails(capsys, site, *flags, dry=False)
+    assert not sbatch.exists() and not (shared / "jobs").exists()
+
+
+def test_a_model_that_is_not_here_is_unseen(
+    capsys: pytest.CaptureFixture[str], shared: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The architecture of a run says nothing of the model that another configuration names."""
+    monkeypatch.setattr(moetrain.plan, "plan_run", PLAN_RUN)
+    config = shared.parent / "mine.yaml"
+    config.write_text("output_dir: runs/mine\nmodel: {path: mine}\ndata: {train: [{path: d}]}\ntrain: {steps: 9}\n")
+    for flags in (["--config", str(config)], ["model.path=mine"]):
+        assert main(qwen3_30b.RUN, ["--site", str(write_site(shared)), "--dry-run", *flags]) == 0
+        out = capsys.readouterr().out
+        assert re.search(r"^unseen +model +model.path=mine is not a directory here", out, re.MULTILINE), out
+        assert "qwen3_moe" not in out
+
+
+def test_a_plan_that_does_not_fit_is_wrong(
+    capsys: pytest.CaptureFixture[str], shared: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(moetrain.plan, "plan_run", lambda *args: FakePlan(*args)._replace(fitting=False))
+    text = fails(capsys, write_site(shared))
+    assert re.search(r"^wrong +memory +58.0 GiB a rank on h100-80gb do not fit", text, re.MULTILINE)
 
 
 # --- the runs -----------------------------------------------------------------------------------------------------
@@ -274,9 +391,18 @@ def test_the_small_copy_is_the_same_run(run: Run) -> None:
     assert meta_model(made, small.model).num_parameters() < 2e7
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("run", [nemotron_nano.RUN, qwen3_30b.RUN, ultra_550b.RUN], ids=lambda run: run.name)
+def test_runs_fit_where_they_are_made_for(run: Run) -> None:
+    planned = PLAN_RUN(submit.with_architecture(run, configure(run.config)), run.nodes, run.gpus_per_node, "h100-80gb")
+    assert planned.fitting, f"{planned.best.memory.needed / 2**30:.1f} GiB"
+
+
 def test_a_run_of_an_unknown_architecture_has_no_small_copy() -> None:
     with pytest.raises(ValueError, match="has no architecture"):
         scaled_down(RUN, {**CONFIG, "model": {"path": "somewhere"}}, ranks=2)
+    with pytest.raises(ValueError, match="has no architecture of another"):
+        scaled_down(qwen3_30b.RUN, {**qwen3_30b.RUN.config, "model": {"path": "another"}}, ranks=2)
 
 
 def test_a_dry_run_needs_no_slurm_and_writes_nothing(

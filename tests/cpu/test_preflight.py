@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 
 from cluster import checks, links, node, preflight
-from cluster.links import Pair, all_reduce, judge_pairs, partner_of
+from cluster.links import Pair, judge_pairs, measure, partner_of
 from cluster.node import CRITICAL, OK, UNKNOWN, WARNING, Limits, Node, Status
 from cluster.preflight import CHECKS, SLOW, Finding, examine, overall
 
@@ -60,6 +60,7 @@ def tools(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None
 def _ask_anew() -> None:
     node.query.cache_clear()
     checks.gpu_rates.cache_clear()
+    links.node_links.cache_clear()
 
 
 @pytest.fixture
@@ -77,6 +78,11 @@ def machine(tmp_path: Path) -> Node:
 def verdict(name: str, where: Node) -> tuple[Status, str]:
     (finding,) = examine(where, [name])
     return finding.status, finding.text
+
+
+def figures(name: str, where: Node) -> Any:
+    (finding,) = examine(where, [name])
+    return finding.measured
 
 
 # --- without GPUs -------------------------------------------------------------------------------------------------
@@ -192,14 +198,16 @@ XID = "[ 1.0] NVRM: Xid (PCI:0000:1b:00): {}, pid=1, name=python, Ch 00000008\n"
     ("log", "status", "text"),
     [
         ("[ 0.1] NVRM: loading\n", OK, "no Xid"),
+        ("[ 0.1] another kernel's log\n", UNKNOWN, "says nothing of the driver"),
         (XID.format(31) * 2 + XID.format(43), WARNING, "Xid 31 x2; Xid 43 x1"),
         (XID.format(31) + XID.format(79), CRITICAL, "Xid 79 x1 (fell off the bus)"),
     ],
-    ids=["none", "of programs", "of hardware"],
+    ids=["none", "no driver", "of programs", "of hardware"],
 )
 def test_xid(tools: Any, machine: Node, log: str, status: Status, text: str) -> None:
     tools("nvidia-smi", HEALTHY)
     tools("dmesg", {"": log})
+    tools("journalctl", {"--dmesg": log})
     found = verdict("xid", machine)
     assert found[0] == status and text in found[1]
 
@@ -209,6 +217,8 @@ def test_the_kernel_log_may_be_the_journals(tools: Any, machine: Node) -> None:
     tools("dmesg", {"": ""}, code=1)
     assert verdict("xid", machine) == (UNKNOWN, "journalctl is not installed here")
     tools("journalctl", {"--dmesg": XID.format(74)})
+    assert verdict("xid", machine)[0] == CRITICAL
+    tools("dmesg", {"": "[ 9.9] what came after the driver's lines\n"})  # the kernel keeps the latest only
     assert verdict("xid", machine)[0] == CRITICAL
 
 
@@ -228,10 +238,69 @@ def test_rates_of_the_gpus(
 ) -> None:
     key = {"gemm": "gemm_tflops", "memory": "memory_gb_per_second"}[check]
     (machine.root / "rates.py").write_text(
-        f"print({json.dumps(json.dumps({'gpus': [{key: rate} for rate in rates]}))})"
+        f"print({json.dumps(json.dumps({'gpus': [{key: rate} for rate in rates], 'cuda': '13.0'}))})"
     )
     monkeypatch.setattr(checks, "RATES", machine.root / "rates.py")
     assert verdict(check, machine) == (status, text)
+    assert figures(check, machine) == {key: rates}
+
+
+@pytest.mark.parametrize(("cuda", "status"), [("13.0", CRITICAL), (None, UNKNOWN)], ids=["of torch", "torch for CPUs"])
+def test_gpus_that_torch_does_not_see(
+    machine: Node, monkeypatch: pytest.MonkeyPatch, cuda: str | None, status: Status
+) -> None:
+    (machine.root / "rates.py").write_text(f"print({json.dumps(json.dumps({'gpus': [], 'cuda': cuda}))})")
+    monkeypatch.setattr(checks, "RATES", machine.root / "rates.py")
+    for check in ("gemm", "all_reduce", "gpu_pairs", "pairs"):
+        assert verdict(check, machine)[0] == status
+    assert verdict("gemm", replace(machine, root=machine.root / "elsewhere"))[0] == UNKNOWN, "no GPU on the bus"
+
+
+LINKED = {"bus_gb_per_second": 340.0, "pair_gb_per_second": [[0.0, 310.0], [290.0, 0.0]]}
+
+
+@pytest.mark.parametrize(
+    ("check", "links_do", "status", "text"),
+    [
+        ("all_reduce", {}, OK, "340 GB/s, expected 300"),
+        ("all_reduce", {"bus_gb_per_second": 40.04}, CRITICAL, "40 GB/s, expected 300"),
+        ("gpu_pairs", {}, OK, "290 to 310 GB/s between every two"),
+        (
+            "gpu_pairs",
+            {"pair_gb_per_second": [[0.0, 310.0], [21.0, 0.0]]},
+            CRITICAL,
+            "GPU 1 to 0: 21 GB/s, expected 200",
+        ),
+    ],
+)
+def test_links_inside_a_node(
+    machine: Node, monkeypatch: pytest.MonkeyPatch, check: str, links_do: dict[str, Any], status: Status, text: str
+) -> None:
+    monkeypatch.setattr(links, "gpu_rates", lambda _: [{}] * GPUS)
+    asked = []
+
+    def measured(*arguments: Any) -> dict[str, Any]:
+        asked.append(arguments[:4])
+        return LINKED | links_do
+
+    monkeypatch.setattr(links, "measure", measured)
+    assert verdict(check, machine) == (status, text)
+    assert verdict("all_reduce", machine)[0] in Status and asked == [("links", 2, 0, 2)], "measured once for both"
+    assert figures("gpu_pairs", machine)["gb_per_second"] == (LINKED | links_do)["pair_gb_per_second"]
+
+
+def test_one_gpu_has_no_links_inside_a_node(machine: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(links, "gpu_rates", lambda _: [{}])
+    for check in ("all_reduce", "gpu_pairs"):
+        assert verdict(check, machine) == (UNKNOWN, "1 GPU here")
+
+
+def test_every_pair_of_ranks_is_measured() -> None:
+    """Over gloo: rows are senders, columns receivers, and nobody sends to itself."""
+    found = measure("links", 3, 0, 3, "127.0.0.1", 24000 + os.getpid() % 1000, 120.0)
+    assert 0.001 < found["bus_gb_per_second"] < 1000
+    rates = found["pair_gb_per_second"]
+    assert all((0.001 < rates[i][j] < 1000) == (i != j) for i in range(3) for j in range(3)), rates
 
 
 def test_an_all_reduce_over_two_nodes_is_measured() -> None:
@@ -240,7 +309,7 @@ def test_an_all_reduce_over_two_nodes_is_measured() -> None:
     port = 23000 + os.getpid() % 1000
 
     def one(first: int) -> None:
-        found[first] = all_reduce(1, first, 2, "127.0.0.1", port, 60.0)
+        found[first] = measure("all-reduce", 1, first, 2, "127.0.0.1", port, 60.0)
 
     threads = [threading.Thread(target=one, args=(first,)) for first in range(2)]
     for thread in threads:
@@ -254,7 +323,7 @@ def test_an_all_reduce_over_two_nodes_is_measured() -> None:
 def test_a_partner_that_does_not_come_is_not_waited_for_long() -> None:
     begin = time.monotonic()
     with pytest.raises(subprocess.TimeoutExpired):
-        all_reduce(1, 0, 2, "127.0.0.1", 22000 + os.getpid() % 1000, 0.5)
+        measure("all-reduce", 1, 0, 2, "127.0.0.1", 22000 + os.getpid() % 1000, 0.5)
     assert time.monotonic() - begin < 5
 
 
@@ -313,6 +382,8 @@ def test_infiniband(machine: Node) -> None:
 
 def test_gdrcopy(tools: Any, machine: Node) -> None:
     tools("nvidia-smi", HEALTHY)
+    assert verdict("gdrcopy", machine)[0] == UNKNOWN, "no InfiniBand that it would serve"
+    machine = replace(machine, infiniband=("mlx5_0",))
     assert verdict("gdrcopy", machine)[0] == CRITICAL
     (machine.root / "dev").mkdir()
     (machine.root / "dev/gdrdrv").touch()
@@ -394,10 +465,11 @@ def test_text_and_json_say_the_same(
     found = json.loads(capsys.readouterr().out)
     assert found["node"] == "h100-05" and found["status"] == "critical"
     assert [(item["check"], item["status"]) for item in found["findings"]] == [("gpus", "critical"), ("nvlink", "ok")]
+    assert found["findings"][1]["measured"] == {"links": [2, 2], "gb_per_second": [53.124, 53.124]}
 
 
 def test_quick_leaves_out_what_takes_long() -> None:
-    assert set(CHECKS) > SLOW == {"image", "memory", "gemm", "all_reduce", "pairs"}
+    assert set(CHECKS) > SLOW == {"image", "memory", "gemm", "all_reduce", "gpu_pairs", "pairs"}
 
 
 @pytest.mark.parametrize("flags", [["no_such_check"], ["--site", "/nowhere.toml"]])

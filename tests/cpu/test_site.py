@@ -73,6 +73,11 @@ MISTAKES = [
     ('[environment]\nWANDB_API_KEY = "abc"', "environment.WANDB_API_KEY looks like a secret"),
     ('[environment]\nHF_TOKEN = "hf_abc"', "name the file under [secrets], such as HF_TOKEN_PATH"),
     ('[secrets]\nHF_TOKEN_PATH = "hf_abc"', "secrets.HF_TOKEN_PATH: 'hf_abc' is not an absolute path"),
+    ('[slurm]\nconstraint = "h100 --uid=0"', "slurm.constraint: 'h100 --uid=0' is no expression of features"),
+    ('[environment]\nSLURM_JOB_ID = "1"', "environment.SLURM_JOB_ID is for Slurm or the job itself to set"),
+    ('[environment]\nPYXIS_CONTAINER_IMAGE = "x"', "environment.PYXIS_CONTAINER_IMAGE is for Slurm or the job itself"),
+    ('[environment]\nRANK = "0"', "environment.RANK is for Slurm or the job itself"),
+    ('[secrets]\nJOB_DIR = "/x"', "secrets.JOB_DIR is for Slurm or the job itself"),
     ("[slurm", "is not valid TOML"),
 ]
 

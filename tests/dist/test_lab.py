@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from tests.lab import (
     write_fake_rank,
     write_site,
 )
+from tests.launches import QUOTED
 from tests.ranks import run_ranks
 from tests.runs import tiny_run, write_text
 
@@ -209,6 +211,15 @@ def test_what_sbatch_refuses_is_told_in_its_own_words(slurm: Lab, tmp_path: Path
     with pytest.raises(ValueError, match="invalid partition specified: nowhere"):
         job.submit()
     assert not job.folder.exists() and slurm.run("squeue", "-h", "-n", "finishes") == ""
+
+
+def test_what_a_comment_holds_stays_a_comment(slurm: Lab, tmp_path: Path) -> None:
+    """sbatch reads the lines of a script with a parser of its own, which is not the shell's."""
+    job = replace(fake_job(tmp_path, "finishes"), comment=" ".join([*QUOTED, "' --partition=urgent '"]))
+    job_id = job.submit().job_id
+    found = slurm.run("squeue", "--noheader", "--states=all", f"--jobs={job_id}", "--format=%P %D %k")
+    assert found == f"batch 2 {job.comment}\n"
+    assert ended(job_id)["JobState"] == "COMPLETED"
 
 
 def test_read_environment_keeps_values_with_equal_signs(tmp_path: Path) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import pytest
+import submitit
 
-from launch import ultra_550b
+from launch import local, ultra_550b
 from launch.submit import main
 from moetrain.config import load_config
 from tests.runs import write_text
@@ -40,3 +42,26 @@ def test_what_is_wrong_with_the_run_is_told_and_coded(folder: Path, capsys: pyte
     assert "did you mean 'lr'" in capsys.readouterr().err
     assert main(ultra_550b.RUN, ["--local", "data.train=[{path: text.jsonl, text_key: nothing}]"]) == 2
     assert "nothing" in capsys.readouterr().out
+
+
+def rank_1_tells(config_file: str, ranks: int, port: int) -> int:
+    if submitit.JobEnvironment().global_rank == 1:
+        print("error: mend this")
+        return 2
+    time.sleep(600)
+    return 0
+
+
+def test_a_rank_that_others_wait_for_ends_them(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(local, "train_rank", rank_1_tells)
+    begin = time.monotonic()
+    assert main(ultra_550b.RUN, ["--local", "data.train=[{path: text.jsonl}]"]) == 2
+    assert time.monotonic() - begin < 60 and "error: mend this" in capsys.readouterr().err
+
+
+def test_an_output_directory_that_is_a_file(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "out").write_text("precious")
+    assert main(ultra_550b.RUN, ["--local", "output_dir=out"]) == 2
+    assert "error: output_dir out cannot be written" in capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import shutil
 from collections.abc import Iterator
@@ -13,7 +14,8 @@ import pytest
 
 from cluster import lab
 from cluster.lab import Lab
-from launch.job import ROOT, Job
+from launch import cpu_smoke
+from launch.job import RANK_EXIT_SECONDS, ROOT, Job
 from launch.run import Run
 from launch.submit import job_of, parse
 from tests.lab import (
@@ -52,7 +54,7 @@ class Submitted:
 def stories(slurm: Lab, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Submitted]:
     """Jobs of fake ranks that run side by side; each test looks at the end of one."""
     found = {}
-    for name in ("stops", "wrong", "lingers"):
+    for name in ("stops", "wrong", "lingers", "forgets"):
         shared = tmp_path_factory.mktemp(name)
         job = fake_job(shared, name)
         found[name] = Submitted(job, job.submit().job_id, shared)
@@ -76,10 +78,14 @@ def test_a_warned_job_saves_and_is_requeued_once(slurm: Lab, stories: dict[str, 
     assert len(ranks_ready(story.shared, "stops", 4, start=1)) == 4
 
 
-def test_what_a_restart_would_not_mend_is_not_restarted(stories: dict[str, Submitted]) -> None:
+def test_a_rank_with_an_error_to_mend_ends_the_job_at_once(stories: dict[str, Submitted]) -> None:
+    """Rank 1 ends with 2, the others wait for it: they are killed, and the job has the code of rank 1."""
     fields = ended(stories["wrong"].job_id)
-    assert fields["JobState"] == "FAILED" and fields["ExitCode"] == "2:0" and fields["Restarts"] == "0"
-    assert "exit code 2: a restart would not mend this" in stories["wrong"].log()
+    log = stories["wrong"].log()
+    assert fields["JobState"] == "FAILED" and fields["ExitCode"] == "2:0" and fields["Restarts"] == "0", log
+    assert "exit code 2 of rank 1: a restart would not mend this" in log and "Killed" in log
+    minutes, seconds = fields["RunTime"].split(":")[-2:]
+    assert int(minutes) == 0 and int(seconds) < RANK_EXIT_SECONDS / 2
 
 
 def test_a_cancelled_job_leaves_no_process_and_does_not_come_back(slurm: Lab, stories: dict[str, Submitted]) -> None:
@@ -91,6 +97,14 @@ def test_a_cancelled_job_leaves_no_process_and_does_not_come_back(slurm: Lab, st
     assert ended(story.job_id)["JobState"] == "CANCELLED"
     wait_until(lambda: not any(lab.job_processes(slurm, node) for node in nodes), "the end of its processes", 30)
     assert show(story.job_id)["Restarts"] == "0" and "requeued" not in story.log()
+
+
+def test_a_finished_job_takes_along_what_its_ranks_have_left(slurm: Lab, stories: dict[str, Submitted]) -> None:
+    story = stories["forgets"]
+    ranks = ranks_ready(story.shared, "forgets", 4)
+    assert ended(story.job_id)["JobState"] == "COMPLETED"
+    nodes = {variables["SLURMD_NODENAME"] for variables in ranks}
+    wait_until(lambda: not any(lab.job_processes(slurm, node) for node in nodes), "the end of its processes", 30)
 
 
 def test_an_unfit_node_is_named_and_a_spare_takes_its_place(stories: dict[str, Submitted]) -> None:
@@ -196,6 +210,17 @@ def training_job(folder: Path, nodes: int, *flags: str, **sections: dict[str, An
     return job_of(run, raw, parse(run, ["--site", str(write_site(folder / "shared")), *flags]))
 
 
+def test_what_rank_0_alone_sees_ends_all_ranks(slurm: Lab, tmp_path: Path) -> None:
+    """Real ranks: rank 0 refuses its output directory before there is a process group, which rank 1 waits for."""
+    job = training_job(tmp_path, 2)
+    (tmp_path / "out").write_text("a file")
+    job_id = job.submit().job_id
+    fields = ended(job_id, 120)
+    log = log_of(job, job_id)
+    assert fields["JobState"] == "FAILED" and fields["ExitCode"] == "2:0" and fields["Restarts"] == "0", log
+    assert f"error: output_dir {tmp_path}/out cannot be written" in log and "exit code 2 of rank 0" in log
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_run_outlives_its_node(slurm: Lab, tmp_path: Path) -> None:
@@ -228,12 +253,32 @@ def test_a_cancelled_training_leaves_nothing(slurm: Lab, tmp_path: Path) -> None
     assert show(job_id)["Restarts"] == "0"
 
 
+def environments(slurm: Lab) -> dict[int, dict[str, str]]:
+    """Environments of the ranks that run now."""
+    found = {}
+    for pid in lab.job_processes(slurm):
+        with contextlib.suppress(OSError):
+            entries = Path(f"/proc/{pid}/environ").read_bytes().decode().split("\0")
+            variables = dict(entry.split("=", 1) for entry in entries if "=" in entry)
+            if "RANK" in variables:
+                found[int(variables["RANK"])] = variables
+    return found
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_sixteen_nodes_train_one_model(slurm: Lab, tmp_path: Path) -> None:
-    job = training_job(tmp_path, 16, parallel={"ep_size": 8}, train={"steps": 4, "eval_rows": 16})
+def test_sixteen_nodes_run_the_cpu_smoke(slurm: Lab, tmp_path: Path) -> None:
+    """Real ranks on all nodes, one on each: two cores carry no more."""
+    run, site = cpu_smoke.RUN, str(write_site(tmp_path))
+    job = job_of(run, run.config, parse(run, ["--site", site, "--nodes", "16", "parallel.ep_size=16"]))
     job_id = job.submit().job_id
+    ranks = wait_until(lambda: len(found := environments(slurm)) == 16 and found, "16 ranks", 120)
+    for rank, variables in ranks.items():
+        assert variables["SLURMD_NODENAME"] == f"h100-{rank + 1:02d}" and variables["LOCAL_RANK"] == "0"
+        assert variables["WORLD_SIZE"] == "16" and variables["LOCAL_WORLD_SIZE"] == "1"
+        assert variables["MASTER_PORT"] == str(20000 + int(job_id) % 10000)
     fields = ended(job_id, 500)
     log = log_of(job, job_id)
-    assert fields["JobState"] == "COMPLETED" and fields["NumNodes"] == "16", log
-    assert "16 ranks, ep=8 fsdp=16 replicas=1" in log and sorted(records(tmp_path)) == [1, 2, 3, 4]
+    assert fields["JobState"] == "COMPLETED" and fields["NumNodes"] == "16" and fields["Restarts"] == "0", log
+    assert "16 ranks, ep=16 fsdp=16 replicas=1" in log
+    assert (tmp_path / "runs" / "cpu_smoke" / "checkpoints" / "step-00000010").is_dir()
