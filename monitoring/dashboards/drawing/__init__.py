@@ -1,0 +1,1 @@
+"""Panels drawn without a Grafana: answers of Prometheus to SVG and HTML."""
