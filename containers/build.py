@@ -119,11 +119,8 @@ def build(engine: str, target: str, tag: str, stage: str | None = None, more: Se
 
 def configuration(engine: str, image: str) -> dict[str, Any]:
     """`Env`, `WorkingDir`, `Entrypoint`, `Cmd`, `Labels`, `User` of an image, those that it has."""
-    if engine == "buildah":
-        words = ["--type", "image", "--format", "{{json .OCIv1.Config}}"]
-    else:
-        words = ["--format", "{{json .Config}}"]
-    return dict(json.loads(output([engine, "inspect", *words, image])))
+    found = json.loads(output([engine, "inspect", "--type", "image", image]))
+    return dict(found["OCIv1"]["config"] if engine == "buildah" else found[0]["Config"])
 
 
 @contextmanager

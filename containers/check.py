@@ -15,7 +15,7 @@ from containers import lock as pins
 
 ROOT = Path(__file__).parents[1]
 DOCKERFILES = {"gpu": Path("containers/Dockerfile"), "cpu": Path("containers/Dockerfile.cpu")}
-BUILD_ARGUMENTS = {"LOCK_SHA256", "MAX_JOBS", "PIP_NO_INDEX", "REVISION", "SOURCE_DATE_EPOCH"}
+BUILD_ARGUMENTS = {"GITHUB", "LOCK_SHA256", "MAX_JOBS", "PIP_NO_INDEX", "REVISION", "SOURCE_DATE_EPOCH"}
 """ARGs that `make image` or the user decides; the lock decides all others."""
 NOT_IN_IMAGES = {"moetrain", "mamba-ssm", "causal-conv1d"}
 TABLE = re.compile(r"(?<=<!-- versions -->\n).*?(?=<!-- end of versions -->)", re.DOTALL)
@@ -88,7 +88,7 @@ def check_dockerfiles(lock: dict[str, Any], texts: dict[str, str]) -> list[str]:
             if base not in stages and base.strip("${}") not in expected:
                 problems.append(f"{name}: FROM {base} is neither an ARG of the lock nor an earlier stage")
             stages.add(stage)
-        urls = {pin["url"] for pin in lock["sources"].values()}
+        urls = {pin["url"] for pin in lock["sources"].values()} | {"https://github.com/"}
         for url in sorted(set(re.findall(r"https?://[^\s\"@]+", text)) - urls):
             problems.append(f"{name}: {url} is not a source of the lock")
     problems += [f"no Dockerfile has ARG {argument} of the lock" for argument in sorted(expected.keys() - used)]

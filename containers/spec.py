@@ -125,6 +125,9 @@ class ContainerSpec(BaseModel):
     def enroot_command(self, command: Sequence[str]) -> str:
         """A line for bash that runs `command` in the same container with enroot alone.
 
+        Without `workdir` it starts in /, pyxis in the image's directory. pyxis also hands on the other variables that
+        srun exports, where the image does not set them; enroot none.
+
         Raises:
             ValueError: the image is in a registry; enroot starts files.
         """
@@ -137,8 +140,7 @@ class ContainerSpec(BaseModel):
             words += ["--rc", "<(echo 'exec \"$@\"')"]  # in place of the image's command script
         for mount in self.mounts:
             words += ["--mount", shlex.quote(_fstab(mount))]
-        for name in self.env:
-            words += ["--env", name]
+        words += [f"${{{name}:+--env {name}}}" for name in self.env]  # like pyxis only those that the host has
         inside = ["env", f"--chdir={self.workdir}", *command] if self.workdir else list(command)
         return " ".join([*words, shlex.quote(self.image), shlex.join(inside)])
 

@@ -26,6 +26,7 @@ from transformers.masking_utils import causal_mask_function, sdpa_mask
 from moetrain.backends import transformer_engine
 from moetrain.backends.attention import HALF, Case, choose_backend
 from moetrain.kernels.attention import attend, visible_keys
+from moetrain.tape import KEEPS
 
 NAME = "moetrain"
 NAMES = {"auto": NAME, "transformer_engine": f"{NAME}_transformer_engine"}
@@ -82,7 +83,8 @@ def attention(
             tensors = (query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
             if backend == "transformer_engine":
                 return transformer_engine.attend(*tensors, scale=scale, window=window, cu_seqlens=mask.cu_seqlens), None
-            out = attend(*tensors, backend, scale=scale, window=window, cu_seqlens=mask.cu_seqlens, sinks_H=s_aux)
+            rest = {"scale": scale, "window": window, "cu_seqlens": mask.cu_seqlens, "sinks_H": s_aux}
+            out = attend(*tensors, backend, keep=getattr(module, KEEPS, False), **rest)
             return out.contiguous(), None
     kwargs |= {"dropout": dropout, "scaling": scaling, "is_causal": is_causal, "s_aux": s_aux, "softcap": softcap}
     return _as_without_us(module, query, key, value, attention_mask, causal, **kwargs)

@@ -1,4 +1,4 @@
-"""The command line: `moetrain train | export | data | report | bench | plan | doctor`.
+"""The command line: `moetrain train | export | data | top | report | bench | plan | doctor`.
 
 Torch and Transformers are imported by the verbs that need them, so that `--help` answers at once.
 """
@@ -48,6 +48,7 @@ def train(args: argparse.Namespace) -> int:
     from moetrain.config import load_config
     from moetrain.launcher import launch
 
+    args.overrides += [f"model.{name}={value}" for name in ("kernels", "dispatch") if (value := getattr(args, name))]
     if args.print_config:
         from moetrain.report import config_yaml
 
@@ -92,11 +93,17 @@ def data_tokenize(args: argparse.Namespace) -> int:
     return 0
 
 
-def report(args: argparse.Namespace) -> int:
-    from moetrain.report import write_report
+def top(args: argparse.Namespace) -> int:
+    from moetrain.top import top
 
-    page = write_report(args.run_dir)
-    print(f"wrote {page} and {page.with_name('run.png')}")
+    return top(args.run, prometheus=args.prometheus, once=args.once, interval=args.interval)
+
+
+def report(args: argparse.Namespace) -> int:
+    from moetrain.report import report
+
+    for path in report(args.run_dirs, args.out):
+        print(f"wrote {path}")
     return 0
 
 
@@ -161,10 +168,13 @@ def _parser() -> argparse.ArgumentParser:
         "run a training from a YAML file",
         "moetrain train configs/python_stdlib.yaml",
         "moetrain train my.yaml optim.lr=2e-5 parallel.ep_size=8",
+        "moetrain train my.yaml --kernels te --dispatch deepep",
         "moetrain train my.yaml --dry-run",
         "torchrun --nproc-per-node 8 -m moetrain train my.yaml",
     )
     _add_config(sub)
+    sub.add_argument("--kernels", metavar="NAME", help="model.kernels, such as te (transformer_engine)")
+    sub.add_argument("--dispatch", metavar="NAME", help="model.dispatch, such as deepep (deep_ep)")
     sub.add_argument("--print-config", action="store_true", help="print every value with its documentation")
     sub.add_argument("--dry-run", action="store_true", help="check config, model, data, layout; start nothing")
 
@@ -202,9 +212,31 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--out", required=True, metavar="DIR", help="directory for one file a source")
 
     sub = _verb(
-        verbs, "report", report, "draw a run, finished or not, as run.png and report.html", "moetrain report runs/mine"
+        verbs,
+        "top",
+        top,
+        "watch a run in the terminal; lines where there is no terminal",
+        "moetrain top runs/mine",
+        "moetrain top mine --prometheus http://monitor:9090",
+        "moetrain top runs/mine --once",
     )
-    sub.add_argument("run_dir", metavar="RUN_DIR", help="output_dir of the run")
+    sub.add_argument("run", metavar="RUN", help="output_dir of the run; with --prometheus its name")
+    sub.add_argument("--prometheus", metavar="URL", help="ask this server, where the run's folder is out of reach")
+    sub.add_argument("--once", action="store_true", help="show what is known now and end")
+    sub.add_argument("--interval", type=float, default=2.0, metavar="SECONDS", help="between two looks (default: 2)")
+
+    sub = _verb(
+        verbs,
+        "report",
+        report,
+        "draw a run, finished or not, or several to compare: a page that needs no network, and pictures",
+        "moetrain report runs/mine",
+        "moetrain report runs/mine runs/other --out comparison.html",
+    )
+    sub.add_argument("run_dirs", metavar="RUN", nargs="+", help="output_dir of a run")
+    sub.add_argument(
+        "--out", metavar="FILE", help="the page (default: report.html of the run, or comparison.html here)"
+    )
 
     add_bench(verbs, _verb, bench)
     add_plan(verbs, _verb, plan)

@@ -23,6 +23,12 @@ def _word(value: Any) -> Any:
     return ("on" if value else "off") if isinstance(value, bool) else value
 
 
+def full_name(value: Any) -> Any:
+    """What a short name of a library stands for."""
+    return SHORT_NAMES.get(value, value) if isinstance(value, str) else value
+
+
+SHORT_NAMES = {"te": "transformer_engine", "deepep": "deep_ep"}
 Switch = Annotated[Literal["auto", "on", "off"], BeforeValidator(_word)]
 
 
@@ -44,17 +50,19 @@ class ModelConfig(_Section):
     """Type of the parameters and the arithmetic."""
     attn_implementation: str | None = None
     """Name in Transformers' attention registry (`sdpa`, `eager`, `flash_attention_2`, ...); None: the model chooses."""
-    kernels: Literal["auto", "transformer_engine", "torch"] = "auto"
+    kernels: Annotated[Literal["auto", "transformer_engine", "torch"], BeforeValidator(full_name)] = "auto"
     """Attention, projections and norms: `auto` is the fastest kernel of attention that a GPU has, `transformer_engine`
-    NVIDIA's library for all three, `torch` what Transformers takes. Attention named above comes first."""
+    (or `te`) NVIDIA's library for all three, `torch` what Transformers takes. Attention named above comes first."""
     experts: Literal["auto", "eager"] = "auto"
     """Arithmetic of the experts: `auto` is grouped products and fused kernels, `eager` a loop, their reference."""
-    dispatch: Literal["auto", "local", "alltoall", "allgather", "nvlink"] = "auto"
+    dispatch: Annotated[
+        Literal["auto", "local", "alltoall", "allgather", "nvlink", "deep_ep"], BeforeValidator(full_name)
+    ] = "auto"
     """How tokens reach the ranks of their experts. `auto` takes `local` on one rank, `nvlink` on GPUs that reach each
-    other's memory, else `alltoall`."""
+    other's memory, else `alltoall`; `deep_ep` (or `deepep`) is DeepEP, where it is installed."""
     activation_checkpointing: Literal["none", "full", "selective"] = "none"
-    """`full` recomputes each layer in the backward; `selective` does too, but keeps what dispatch and combine
-    received, so that the recomputation sends nothing."""
+    """`full` recomputes each layer in the backward; `selective` does too, but keeps what attention computed
+    and combine brought, which is small and dear; the fastest that saves most of the memory."""
     trust_remote_code: bool = False
     """Allow Python code from the model directory to run. Never inferred from a model's name."""
 
@@ -154,9 +162,39 @@ class CheckpointConfig(_Section):
 class MetricsConfig(_Section):
     log_every: PositiveInt = 1
     """Steps between lines on the console; every step goes to metrics.jsonl."""
+    run_name: Annotated[str, Field(min_length=1)] | None = None
+    """Name of the run in monitoring; None is the last part of `output_dir`."""
     prometheus_port: Annotated[int, Field(ge=0, le=65535)] | None = None
-    """Port of rank 0's Prometheus endpoint, rank r listens on port + r; 0 picks free ones; None is off."""
+    """Port of a node's first Prometheus endpoint, its rank r takes port + r, or the next that is free; 0 takes any free
+    ones; None is off."""
     prometheus_host: str = "127.0.0.1"
+    """Address to listen on; `0.0.0.0` is all of the machine's."""
+    discovery_dir: str | None = None
+    """Where the file for Prometheus' `file_sd_configs` goes; None means `<output_dir>/discovery`."""
+    username: Annotated[str, Field(min_length=1, pattern="^[^:]*$")] | None = None
+    """Ask scrapers for this name and the password of `password_file` (HTTP basic authentication)."""
+    password_file: str | None = None
+    """File that holds the password and nothing else."""
+    tls_certificate: str | None = None
+    """PEM file with the endpoint's certificate chain; it then speaks HTTPS."""
+    tls_key: str | None = None
+    """PEM file with the certificate's private key."""
+    tls_client_ca: str | None = None
+    """PEM file of the authority that must have signed a scraper's certificate (mutual TLS)."""
+    expert_matrix: bool = False
+    """Tokens of every expert of every layer as counters on rank 0: layers * experts series."""
+    sinks: list[Literal["tensorboard", "wandb"]] = []
+    """Where rank 0 also sends every `log_every`-th step, by the library of that name."""
+
+    @model_validator(mode="after")
+    def _complete(self) -> MetricsConfig:
+        for one, other in (("username", "password_file"), ("tls_certificate", "tls_key")):
+            for given, missing in ((one, other), (other, one)):
+                if getattr(self, given) is not None and getattr(self, missing) is None:
+                    raise ValueError(f"{given} needs {missing} beside it")
+        if self.tls_client_ca is not None and self.tls_certificate is None:
+            raise ValueError("tls_client_ca needs tls_certificate and tls_key beside it")
+        return self
 
 
 class TrainConfig(_Section):

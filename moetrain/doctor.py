@@ -21,6 +21,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from moetrain.backends import deep_ep, transformer_engine
+
 PACKAGES = (
     "moetrain",
     "torch",
@@ -146,6 +148,8 @@ def backends() -> list[Backend]:
         _package("mamba_ssm", "Mamba-2 layers in place of our kernels", f"{compiled} mamba-ssm", gpu),
         _package("causal_conv1d", "convolutions of Mamba and linear attention", f"{compiled} causal-conv1d", gpu),
         _package("torchao", "8-bit optimizer states", "pip install torchao"),
+        _own("transformer_engine", "attention, projections and norms (--kernels te)", transformer_engine.missing()),
+        _own("deep_ep", "tokens to their experts over NVLink and RDMA (--dispatch deepep)", deep_ep.missing()),
     ]
 
 
@@ -165,6 +169,11 @@ def find_problems() -> list[str]:
         elif not requirement.specifier.contains(version, prereleases=True):
             problems.append(f"{requirement.name} is {version}; pip install '{requirement}'")
     return problems
+
+
+def _own(name: str, gives: str, why: str | None) -> Backend:
+    """A backend that says itself why it cannot be used."""
+    return Backend(name, gives, why is None, _without_directories(why or ""))
 
 
 def _package(name: str, gives: str, remedy: str, runs_here: bool = True) -> Backend:

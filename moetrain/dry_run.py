@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from moetrain import families, mesh
 from moetrain.attention import explain_attention, select_attention
+from moetrain.backends import deep_ep
 from moetrain.checkpoint import check_checkpoint
 from moetrain.config import DataConfig, RunConfig, Source
 from moetrain.create import check_layout, find_checkpoint, load_model_config, load_tokenizer, meta_model, new_config
@@ -19,7 +20,7 @@ from moetrain.data.sources import STDLIB, find_files
 from moetrain.data.tokenize import check_vocabulary
 from moetrain.graph import capture_obstacle
 from moetrain.launcher import num_processes
-from moetrain.moe.dispatch import fastest_dispatch
+from moetrain.moe.dispatch import fastest_dispatch, why_waits
 from moetrain.moe.layer import NAME
 
 
@@ -59,16 +60,21 @@ def explain(config: RunConfig) -> list[tuple[str, str]]:
     choices = [str(choice) for choice in explain_attention(model, documents, device)]
     model.config.get_text_config()._experts_implementation = "eager" if config.model.experts == "eager" else NAME
     obstacle = "train.cuda_graph=off" if config.train.cuda_graph == "off" else None
-    obstacle = obstacle or capture_obstacle(model, device.type, dispatch)
+    obstacle = obstacle or capture_obstacle(model, device.type, why_waits(dispatch, config.parallel.ep_size))
     compiled = config.train.compile == "on" or (config.train.compile == "auto" and device.type == "cuda")
     return [
         ("model", text),
         ("layout", _layout(config, world, model)),
-        ("dispatch", dispatch),
+        ("dispatch", _dispatch(dispatch, config.parallel.ep_size)),
         *(("attention", choice.removeprefix("attention of ")) for choice in choices),
         ("layers", "compiled" if compiled else "not compiled"),
         ("step", f"eager: {obstacle}" if obstacle else "captured in a CUDA graph, unless its first passes find a sync"),
     ]
+
+
+def _dispatch(name: str, ep_size: int) -> str:
+    reason = deep_ep.obstacle(ep_size) if name == "deep_ep" else None
+    return f"{name} cannot be used: {reason}" if reason else name
 
 
 def _say(name: str, text: str) -> None:

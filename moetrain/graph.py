@@ -25,18 +25,21 @@ from transformers import PreTrainedModel
 
 from moetrain.families import experts_modules
 from moetrain.fsdp import detach_streams, join_streams
-from moetrain.kernels import Activation
+from moetrain.kernels import Activation, RowStack
 from moetrain.kernels.aside import work_aside
-from moetrain.moe.dispatch import LocalDispatcher, StaticDispatcher, dispatchers_of, exchanges
+from moetrain.moe.dispatch import StaticDispatcher, dispatchers_of, exchanges
 from moetrain.moe.experts import gate_of
 
 MEASURED = 8
 """Passes whose rows are counted before the first capture, where experts are spread over ranks. With random weights the
 load of a rank in a deep layer differs by a quarter from batch to batch."""
-MARGIN = 1.25
-"""Capacity over the fullest call seen."""
-GROWTH = 1.5
-"""The same for a layer that has overflowed: its load is on the move, and every overflow costs a capture."""
+MARGIN = 1.5
+"""Room for a call over the fullest one seen of its layer. It costs a few temporary tensors of one layer."""
+STACK_MARGIN = 1.15
+"""Room for the rows of all layers together over the most seen, where the backward needs them: in 18 GiB of rows of
+Qwen3-30B-A3B on 4 ranks, 2.4. They vary little: from batch to batch by 3 %, with random weights."""
+GROWTH = 1.3
+"""What a margin that was too small is multiplied by: the load is on the move, and every overflow costs a capture."""
 ROUND = 128
 """Capacities are multiples of this: the rows of a product's tile."""
 
@@ -64,6 +67,11 @@ class Passes:
         self._watched_once = False
         self._most_needed = [0] * len(self.dispatchers)
         self._margins = [MARGIN] * len(self.dispatchers)
+        # what is recomputed in the backward lives no longer than its layer
+        self._stack = None if model.is_activation_checkpointing else RowStack(model.device)
+        self._most_stacked, self._stack_margin = 0, STACK_MARGIN
+        for dispatcher in self.dispatchers:
+            dispatcher.stack = self._stack
         self._exact = bool(self.dispatchers)
         self._shape: tuple[Any, ...] | None = None
         self._graphs: dict[bool, _Captured] = {}
@@ -76,12 +84,13 @@ class Passes:
             return f"eager: {self.obstacle}"
         return "captured in a CUDA graph" if self._graphs else "eager: the first passes, before the capture"
 
-    def __call__(self, batch: dict[str, Tensor], scale: float, accumulate: bool = False) -> Tensor:
+    def __call__(self, batch: dict[str, Tensor], scale: float | Tensor, accumulate: bool = False) -> Tensor:
         """Gradients of one batch in the parameters' `.grad`.
 
         Args:
             batch: the model's arguments, on any device.
-            scale: what the sum of the token losses is divided by (`num_items_in_batch`).
+            scale: what the sum of the token losses is divided by (`num_items_in_batch`); a tensor is a scalar on the
+                model's device.
             accumulate: add to the gradients that are there; without it they are dropped.
 
         Returns:
@@ -108,30 +117,51 @@ class Passes:
 
     def overflowed(self) -> bool:
         """Whether rows did not fit since the last call, on any rank; then the gradients are not exact and the same
-        passes are to be run again. One read on the host. Ranks also agree here whether one of them has given up."""
-        if not self.dispatchers:
-            return False
-        none = torch.zeros((), dtype=torch.int64, device=self.model.device)
-        noted = [none if d.needed is None else d.needed for d in self.dispatchers]
-        needed = torch.stack([*noted, torch.full_like(none, self.obstacle is not None)])
-        if dist.is_initialized():
+        passes are to be run again. One read on the host."""
+        needed = self.needed()
+        if dist.is_initialized() and self.dispatchers:
             dist.all_reduce(needed, dist.ReduceOp.MAX)
+        return self.make_room(needed.tolist())
+
+    def needed(self) -> Tensor:
+        """What `make_room` must know, int64 on the device, and begin anew to note it; empty where nothing can overflow.
+        The maximum over all ranks counts."""
+        none = torch.zeros((), dtype=torch.int64, device=self.model.device)
+        if not self.dispatchers:
+            return none.expand(0)
+        noted = [none if d.needed is None else d.needed for d in self.dispatchers]
+        noted.append(none if self._stack is None else self._stack.most)
+        needed = torch.stack([*noted, torch.full_like(none, self.obstacle is not None)])
         for tensor in noted:
             tensor.zero_()
-        *rows, given_up = needed.tolist()
+        return needed
+
+    def make_room(self, needed: list[int]) -> bool:
+        """Whether rows did not fit, as in `overflowed`. Ranks also agree here whether one of them has given up.
+
+        Args:
+            needed: `needed()`, the maximum over all ranks.
+        """
+        if not self.dispatchers:
+            return False
+        *rows, stacked, given_up = needed
         if given_up and not self.obstacle:
             self.obstacle = "the host of another rank waits for its GPU"
             self._graphs, self._gradients = {}, {}  # the parameters keep this step's gradients
         if not self._exact:
             over = [row > (d.capacity or 0) for row, d in zip(rows, self.dispatchers, strict=True)]
-            if any(over):
-                self._margins[over.index(True)] = GROWTH  # what later layers got depends on what was cut in this one
+            if any(over) or (self._stack is not None and stacked > (self._stack.capacity or 0)):
+                if any(over):  # what later layers got depends on what was cut in this one
+                    self._margins[over.index(True)] *= GROWTH
+                else:
+                    self._stack_margin *= GROWTH
                 self._forget()
                 self._set_capacities(exact=True)
                 return True
             if self.obstacle:
                 self._set_capacities(exact=True)
         self._most_needed = [max(pair) for pair in zip(rows, self._most_needed, strict=True)]
+        self._most_stacked = max(self._most_stacked, stacked)
         if self._exact and not self.obstacle and self._runs >= MEASURED:
             self._set_capacities(exact=False)
         return False
@@ -139,19 +169,22 @@ class Passes:
     def _set_capacities(self, exact: bool) -> None:
         self._exact = exact
         for dispatcher, most, margin in zip(self.dispatchers, self._most_needed, self._margins, strict=True):
-            dispatcher.capacity = None if exact else math.ceil(max(most, 1) * margin / ROUND) * ROUND
+            dispatcher.capacity = None if exact else _rounded(most * margin)
+        if self._stack is not None:
+            largest = max((d.capacity or 0 for d in self.dispatchers), default=0)
+            self._stack.lay_out(None if exact else _rounded(self._most_stacked * self._stack_margin), largest)
 
     @contextmanager
     def uncut(self) -> Iterator[None]:
         """Inside, for an evaluation, every row has room whatever the passes have measured, and nothing is noted."""
-        kept = [(dispatcher.capacity, dispatcher.needed) for dispatcher in self.dispatchers]
+        kept = [(dispatcher.capacity, dispatcher.needed, dispatcher.stack) for dispatcher in self.dispatchers]
         for dispatcher in self.dispatchers:
-            dispatcher.capacity = dispatcher.needed = None
+            dispatcher.capacity = dispatcher.needed = dispatcher.stack = None
         try:
             yield
         finally:  # a graph writes to the tensors that were there
-            for dispatcher, (capacity, needed) in zip(self.dispatchers, kept, strict=True):
-                dispatcher.capacity, dispatcher.needed = capacity, needed
+            for dispatcher, before in zip(self.dispatchers, kept, strict=True):
+                dispatcher.capacity, dispatcher.needed, dispatcher.stack = before
 
     def _is_same_shape(self, batch: dict[str, Tensor]) -> bool:
         """Whether the batch has the shape of the first; only that one is captured."""
@@ -159,12 +192,12 @@ class Passes:
         self._shape = self._shape or shape
         return shape == self._shape
 
-    def _eager(self, batch: dict[str, Tensor], scale: float) -> Tensor:
+    def _eager(self, batch: dict[str, Tensor], scale: float | Tensor) -> Tensor:
         device = self.model.device
         inputs = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
-        return self._forward_backward(inputs, torch.full((), scale, device=device))
+        return self._forward_backward(inputs, torch.zeros((), device=device).fill_(scale))
 
-    def _watched(self, batch: dict[str, Tensor], scale: float) -> Tensor:
+    def _watched(self, batch: dict[str, Tensor], scale: float | Tensor) -> Tensor:
         """An eager pass that notes what waits for the host: it could not be captured."""
         with watch_syncs() as found:
             loss = self._eager(batch, scale)
@@ -173,6 +206,8 @@ class Passes:
         return loss
 
     def _forward_backward(self, inputs: dict[str, Tensor], scale: Tensor) -> Tensor:
+        if self._stack is not None:
+            self._stack.begin()
         loss: Tensor = self.model(**inputs, num_items_in_batch=scale, use_cache=False).loss
         with work_aside(capturing()):
             loss.backward()
@@ -217,6 +252,8 @@ class Passes:
         for every row."""
         self._forget()
         self._set_capacities(exact=True)
+        for dispatcher in self.dispatchers:
+            dispatcher.stack = None
         gc.collect()
 
 
@@ -240,7 +277,7 @@ class _Captured:
             join_streams(model)
         self.pool = self.graph.pool()
 
-    def replay(self, batch: dict[str, Tensor], scale: float) -> Tensor:
+    def replay(self, batch: dict[str, Tensor], scale: float | Tensor) -> Tensor:
         for name, tensor in batch.items():
             self.inputs[name].copy_(tensor, non_blocking=True)
         self.scale.fill_(scale)
@@ -249,22 +286,26 @@ class _Captured:
         return self.loss
 
 
+def _rounded(rows: float) -> int:
+    return max(math.ceil(rows / ROUND), 1) * ROUND
+
+
 def capturing() -> bool:
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
-def capture_obstacle(model: PreTrainedModel, device_type: str | None = None, dispatch: str | None = None) -> str | None:
+def capture_obstacle(model: PreTrainedModel, device_type: str | None = None, waits: str | None = None) -> str | None:
     """Why a model cannot be captured, as far as one can tell without running it; None if nothing is known.
 
     Args:
         device_type: where it will run, for a model on the meta device.
-        dispatch: name of the dispatcher that it will have, likewise.
+        waits: why the dispatcher that it will have waits for the GPU, likewise.
     """
     if (device_type or model.device.type) != "cuda":
         return "CUDA graphs need a GPU"
-    dynamic = [name for name, d in dispatchers_of(model) if not isinstance(d, (StaticDispatcher, LocalDispatcher))]
-    if dynamic or dispatch == "alltoall":
-        return "the dispatcher alltoall reads the number of rows on the host; static: nvlink, allgather"
+    waiting = [waits, *(dispatcher.waits for _, dispatcher in dispatchers_of(model))]
+    if reason := next(filter(None, waiting), None):
+        return reason
     for name, experts in experts_modules(model):
         if getattr(experts.config, "_experts_implementation", None) == "eager":
             return f"{name} runs expert by expert (experts=eager)"

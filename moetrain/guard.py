@@ -74,12 +74,20 @@ class Guard:
         import torch  # here, because the launcher checks the output directory and has no use for torch
         import torch.distributed as dist
 
-        code = self._signum or (_TIMED_OUT if timed_out else 0)
+        code = self.stop_code(timed_out)
         if dist.is_initialized():
             on_cpu = "cpu" in dist.get_backend_config(group)
             flag = torch.tensor(code, dtype=torch.int32, device="cpu" if on_cpu else "cuda")
             dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=group)
             code = int(flag.item())
+        return self.agree(code)
+
+    def stop_code(self, timed_out: bool = False) -> int:
+        """Why this rank would stop, 0 if it would not: for those who reduce it over the ranks with other numbers."""
+        return self._signum or (_TIMED_OUT if timed_out else 0)
+
+    def agree(self, code: int) -> bool:
+        """Whether to stop, given the greatest `stop_code` of all ranks."""
         if code > _TIMED_OUT:
             self.signalled = signal.Signals(code).name
         return code > 0

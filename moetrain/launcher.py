@@ -53,18 +53,35 @@ def launch(config_path: str, overrides: Sequence[str] = (), processes: int | Non
         os.environ.update(rank_environment(0, 1, free_port()))
     if os.environ["RANK"] == "0":
         check_writable(config.output_dir)
-        with claim(config.output_dir), _on_record(config):
+        with claim(config.output_dir), _reported(Path(config.output_dir)), _on_record(config):
             done = _train(config)
-        _name_files(Path(config.output_dir), write_report(config.output_dir))
+        _name_files(Path(config.output_dir))
     else:
         done = _train(config)
     return 0 if done else CONTINUE
 
 
 def _train(config: RunConfig) -> bool:
-    from moetrain.trainer import train  # here, because the launcher has no use for torch
+    from moetrain.plan.monitored import expect  # here, because the launcher has no use for torch
+    from moetrain.trainer import train
 
-    return train(config)
+    return train(config, expect)
+
+
+@contextlib.contextmanager
+def _reported(output_dir: Path) -> Iterator[None]:
+    """Write the report at the end, also of a run that fails, unless nothing was recorded. A disk that does not take it
+    changes nothing about how the run has ended."""
+    metrics = output_dir / FILE_NAME
+    recorded = metrics.stat().st_mtime_ns if metrics.exists() else None
+    try:
+        yield
+    finally:
+        if metrics.exists() and metrics.stat().st_mtime_ns != recorded:
+            try:
+                write_report(output_dir)
+            except (OSError, ValueError) as error:
+                _say(f"no report: {error}")
 
 
 @contextlib.contextmanager
@@ -194,6 +211,10 @@ def _supervise(ranks: list[subprocess.Popen[bytes]], received: list[int], log_di
     code = codes[failed[0]]
     assert code is not None
     _stop(ranks)
+    # a rank that waited for the one that tells the user what to mend may have failed before it
+    telling = [rank for rank, process in enumerate(ranks) if process.poll() == USER_ERROR]
+    if telling:
+        failed, code = telling, USER_ERROR
     signum = -code if code < 0 else code - 128
     if signum in forwarded:
         _say(f"stopped by {signal.Signals(signum).name} before training had begun to listen for it")
@@ -248,14 +269,15 @@ def _wait(ranks: list[subprocess.Popen[bytes]], seconds: float) -> None:
         time.sleep(POLL_SECONDS)
 
 
-def _name_files(output_dir: Path, page: Path) -> None:
+def _name_files(output_dir: Path) -> None:
     """Print what the run has left, one line a thing."""
     contents = {
         "model": "checkpoint in Hugging Face format",
         "checkpoints": "training checkpoints, to resume from",
         FILE_NAME: "one record a step",
         "run.png": "the run as a picture",
-        page.name: "the run as a page",
+        "balance.png": "load of the experts by layer",
+        "report.html": "the run as a page",
         CONFIG_FILE: "the whole configuration",
         "logs": "output of the other ranks",
     }

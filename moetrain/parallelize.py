@@ -19,8 +19,8 @@ from moetrain import families
 from moetrain.backends import peft
 from moetrain.fsdp import keep_gathered, reshard, use_in_place
 from moetrain.mesh import check_ep_divides
-from moetrain.moe.dispatch import keep_received
 from moetrain.moe.router import has_random_gate
+from moetrain.tape import KEEPS, keep_received
 
 logger = logging.getLogger(__name__)
 
@@ -69,8 +69,8 @@ def checkpoint_activations(model: PreTrainedModel, mode: str) -> None:
     """Recompute each decoder layer in the backward.
 
     Args:
-        mode: `none`; `full`; or `selective`, which keeps what the dispatcher's collectives received, so that the
-            recomputation sends nothing.
+        mode: `none`; `full`; or `selective`, which keeps what is dear to compute again and small to keep
+            (`moetrain.tape`).
     """
     if mode == "none":
         return
@@ -82,6 +82,8 @@ def checkpoint_activations(model: PreTrainedModel, mode: str) -> None:
     kwargs: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": draws_random_numbers(model)}
     if mode == "selective":
         kwargs["context_fn"] = keep_received
+        for module in model.modules():
+            module.__dict__[KEEPS] = True
     elif mode != "full":
         raise ValueError(f"unknown activation checkpointing {mode!r}; valid: none, full, selective")
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)

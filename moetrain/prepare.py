@@ -21,7 +21,7 @@ from moetrain.auto import AutoModelForCausalLM
 from moetrain.backends.transformer_engine import use_transformer_engine
 from moetrain.checkpoint.state import why_incomplete
 from moetrain.compiled import compile_layers
-from moetrain.config import RunConfig
+from moetrain.config import ModelConfig, RunConfig
 from moetrain.create import check_loaded
 from moetrain.data import Data
 from moetrain.fsdp import keep_gathered
@@ -93,12 +93,17 @@ def build_model(config: RunConfig, directory: Path) -> PreTrainedModel:
     check_loaded(directory, loading)
     if world == 1:
         model.to(mesh.device())
-    if config.model.attn_implementation is None and config.model.kernels != "auto":
-        select_attention(model, config.model.kernels)
-    if config.model.kernels == "transformer_engine":
-        use_transformer_engine(model)
+    choose_kernels(model, config.model)
     trained: PreTrainedModel = model.train()
     return trained
+
+
+def choose_kernels(model: PreTrainedModel, config: ModelConfig) -> None:
+    """Attention, projections and norms on what `kernels` names. Raises ValueError where it cannot be used."""
+    if config.attn_implementation is None and config.kernels != "auto":
+        select_attention(model, config.kernels)
+    if config.kernels == "transformer_engine":
+        use_transformer_engine(model)
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,9 @@
 """The training loop, to be read from top to bottom.
 
     train    setup -> resume -> evaluate -> steps -> save -> export
-    step     batches -> forward, loss, backward -> clip -> check -> optimizer -> metrics
+    step     batches -> forward, loss, backward -> norm -> readback -> check -> optimizer -> metrics
+
+The host waits for the device once in a step, at the readback; the optimizer's work goes on behind it.
 
 Loss and gradients of a step are means over the label tokens of all ranks and passes together: each pass returns its
 sum of token losses times `dp_size / label_tokens`, and the sharded backward averages over the `dp_size` data ranks.
@@ -10,7 +12,7 @@ sum of token losses times `dp_size / label_tokens`, and the sharded backward ave
 from __future__ import annotations
 
 import dataclasses
-import resource
+import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from moetrain import mesh
+from moetrain import facts, mesh
 from moetrain.attention import explain_attention
 from moetrain.checkpoint import (
     check_checkpoint,
@@ -46,6 +48,7 @@ from moetrain.graph import Passes
 from moetrain.guard import Guard, check_writable
 from moetrain.loss import without_logits
 from moetrain.metrics import EvalRecord, Metrics, StepRecord
+from moetrain.metrics.device import DeviceTimes
 from moetrain.moe.balance import BiasUpdate, LoadStats
 from moetrain.optim import AdamW, build_scheduler, clip_factor, grad_norm, keep_settings
 from moetrain.prepare import (
@@ -57,39 +60,47 @@ from moetrain.prepare import (
     start_process_group,
     step_parts,
 )
+from moetrain.readback import Readback, StepNumbers, copy_to_host, over_ranks
 
 
-def train(config: RunConfig) -> bool:
+def train(config: RunConfig, expect: facts.Expect | None = None) -> bool:
     """Run one training from its configuration, in this process and those that the launcher started with it.
 
     Returns whether it is done, on every rank: False when a signal stopped it and the same command goes on from there.
+
+    Args:
+        expect: called on rank 0; what monitoring holds the run against.
 
     Raises:
         ValueError: the configuration does not fit the model, the data or the machine; nothing has been written yet.
         FloatingPointError: the loss or the gradient norm is not finite; the optimizer has not seen it.
     """
-    run = setup(config)
+    run = setup(config, expect)
     try:
         step = run.resume()
         if step >= config.train.steps:
             run.metrics.say(f"nothing left to train: {step} steps are done, train.steps is {config.train.steps}")
         elif step == 0:
             run.evaluate(step)
-        while step < config.train.steps and not run.should_stop():
+        stop = run.should_stop()
+        while step < config.train.steps and not stop:
             step += 1
-            run.step(step)
-            if config.train.eval_every and step % config.train.eval_every == 0 and step < config.train.steps:
-                run.evaluate(step)
-            if config.checkpoint.every and step % config.checkpoint.every == 0 and step < config.train.steps:
-                run.save(step)
+            stop = run.step(step)
+            if step < config.train.steps and run.pause(step):
+                stop = run.should_stop()
         if run.guard.signalled:
+            run.metrics.event("stop", step, signal=run.guard.signalled)
             run.save(step)  # and nothing else: who sends SIGTERM does not wait long
             run.metrics.say(f"stopped by {run.guard.signalled} after step {step}; the same command goes on from there")
+            run.metrics.finish()
             return False
         if step < config.train.steps:
+            run.metrics.event("stop", step, signal="time limit")
             run.metrics.say(f"train.max_minutes={config.train.max_minutes} is over after step {step}")
         run.evaluate(step)
         run.save(step)
+        run.metrics.event("done", step)
+        run.metrics.finish()
         if config.checkpoint.export:
             run.export()
         return True
@@ -113,57 +124,101 @@ class Run:
     bias_update: BiasUpdate | None
     guard: Guard
     metrics: Metrics
+    readback: Readback
+    times: DeviceTimes
+    own_seconds: float = 0.0
+    """Own computation of this rank in the step before."""
     started: float = dataclasses.field(default_factory=time.monotonic)
     saved_step: int | None = None
     """Step of the newest training checkpoint."""
     evaluated_step: int | None = None
 
-    def step(self, step: int) -> None:
-        """One optimizer step: forward and backward of each pass, clip, check, update, record."""
-        begin = time.perf_counter()
-        passes = [next(self.data.train) for _ in range(self.config.train.grad_accum)]
-        label_tokens = self.global_sum(sum(count_labels(batch) for batch in passes))
-        loss = self.forward_backward(passes, label_tokens)
-        while self.passes.overflowed():
-            self.stats.discard()
-            loss = self.forward_backward(passes, label_tokens)
-        norm_on_device = grad_norm(self.model.parameters())
-        mean_loss, norm = self.mean_over_ranks(loss), norm_on_device.item()
-        self.guard.check_finite(step, mean_loss, norm)
+    def step(self, step: int) -> bool:
+        """One optimizer step: forward and backward of each pass, clip, check, update, record. Whether to stop then."""
+        begin, own = time.perf_counter(), self.metrics.own_seconds()
+        with self.metrics.phase("data_wait"):
+            passes = [next(self.data.train) for _ in range(self.config.train.grad_accum)]
+        labels, seen = sum(map(count_labels, passes)), sum(map(count_tokens, passes))
+        with self.metrics.phase("forward_backward"), self.times.measured():
+            numbers, norm, redos = self.exact_gradients(passes, self.readback.count(labels, seen))
+        for name, spent in self.times.take().items():
+            self.metrics.move(spent, "forward_backward", name)
+        self.check_finite(step, numbers)
         lr = float(self.scheduler.get_last_lr()[0])
-        self.optimizer.step(grad_factor=clip_factor(norm_on_device, self.config.optim.max_grad_norm))
-        self.scheduler.step()
-        balance = self.stats.read()
-        if self.bias_update is not None:
-            self.bias_update.step()
+        with self.metrics.phase("optimizer"), self.times.behind("optimizer", self.device):
+            self.optimizer.step(grad_factor=clip_factor(norm, self.config.optim.max_grad_norm))
+            self.scheduler.step()
+            if self.bias_update is not None:
+                self.bias_update.step()
 
-        seconds = time.perf_counter() - begin
-        seen = sum(batch["input_ids"].numel() for batch in passes) * mesh.world_size()
+        seconds, before = time.perf_counter() - begin, self.own_seconds
+        self.own_seconds = self.metrics.own_seconds() - own
         self.guard.beat(step)
+        layers, memory = numbers.layers, facts.read_memory()
         self.metrics.step(
             StepRecord(
                 step=step,
-                loss=mean_loss,
-                grad_norm=norm,
+                loss=numbers.loss,
+                grad_norm=numbers.grad_norm,
                 lr=lr,
-                tokens=int(label_tokens),
-                tokens_per_second=seen / seconds,
+                tokens=numbers.label_tokens,
+                tokens_per_second=numbers.seen_tokens / seconds,
                 step_seconds=seconds,
-                memory_bytes=memory_bytes(),
-                expert_load_max_over_mean=balance.max_over_mean,
-                idle_experts=balance.idle_experts,
-                load_entropy=balance.entropy,
+                memory_bytes=memory.peak,
+                expert_load_max_over_mean=max(layers.max_over_mean) if layers else None,
+                idle_experts=sum(layers.idle_experts) if layers else None,
+                load_entropy=min(layers.entropy) if layers else None,
+                seen_tokens=numbers.seen_tokens,
+                layers=layers,
+                rank_tokens=seen,
+                rank_label_tokens=labels,
+                memory=memory,
+                redos=redos,
+                rank_seconds=numbers.rank_seconds if before else None,
+                expert_tokens_LE=numbers.expert_tokens_LE,
             )
         )
+        return self.guard.agree(numbers.stop_code)
 
-    def forward_backward(self, batches: list[dict[str, Tensor]], label_tokens: float) -> Tensor:
+    def exact_gradients(self, passes: list[dict[str, Tensor]], tokens: Tensor) -> tuple[StepNumbers, Tensor, int]:
+        """Gradients of a step's passes, run again until every row has room.
+
+        Returns:
+            The step's numbers, the gradient norm on the device, and how often the passes were run again.
+        """
+        redos = 0
+        while True:
+            loss = self.forward_backward(passes, tokens[0])
+            norm = grad_norm(self.model.parameters())
+            stop_code = self.guard.stop_code(self.timed_out())
+            numbers = self.readback.read(loss, norm, tokens, self.own_seconds, stop_code)
+            if not self.passes.make_room(numbers.rows):
+                return numbers, norm, redos
+            redos += 1
+
+    def forward_backward(self, batches: list[dict[str, Tensor]], label_tokens: Tensor) -> Tensor:
         """Gradients of a step's passes; returns this rank's share of the step's loss."""
         # an empty pass (padding only) still runs: its ranks' collectives belong to everyone
-        scale = max(label_tokens, 1.0) / mesh.world_size()
+        scale = (label_tokens.clamp(min=1.0) / mesh.world_size()).float()
         loss = torch.zeros((), device=self.device)
         for number, batch in enumerate(batches):
             loss += self.passes(batch, scale, accumulate=number > 0)
         return loss
+
+    def check_finite(self, step: int, numbers: StepNumbers) -> None:
+        """Stop before the optimizer touches the parameters when the step's numbers are no numbers."""
+        if not (math.isfinite(numbers.loss) and math.isfinite(numbers.grad_norm)):
+            self.metrics.nonfinite(step, numbers.loss, numbers.grad_norm)
+        self.guard.check_finite(step, numbers.loss, numbers.grad_norm)
+
+    def pause(self, step: int) -> bool:
+        """What is due between two steps; whether there was anything."""
+        due = [every and step % every == 0 for every in (self.config.train.eval_every, self.config.checkpoint.every)]
+        if due[0]:
+            self.evaluate(step)
+        if due[1]:
+            self.save(step)
+        return any(due)
 
     @torch.no_grad()
     def evaluate(self, step: int) -> None:
@@ -172,39 +227,42 @@ class Run:
             return
         self.evaluated_step = step
         self.model.eval()
-        total, tokens = torch.zeros((), device=self.device), 0
+        sums = torch.zeros(2, dtype=torch.float64, device=self.device)  # of losses, and label tokens
         one = torch.ones((), device=self.device)
-        with self.stats.paused(), self.passes.uncut(), without_logits(self.model):
-            for batch in self.data.validation.rows(self.config.train.eval_rows):
-                total += self.model(**self.to_device(batch), num_items_in_batch=one, use_cache=False).loss
-                tokens += count_labels(batch)
+        with self.metrics.phase("evaluate"):
+            with self.stats.paused(), self.passes.uncut(), without_logits(self.model):
+                for batch in self.data.validation.rows(self.config.train.eval_rows):
+                    sums[0] += self.model(**self.to_device(batch), num_items_in_batch=one, use_cache=False).loss
+                    sums[1] += count_labels(batch)
+            total, tokens = copy_to_host(over_ranks(sums, dist.ReduceOp.SUM)).tolist()
         self.model.train()
-        all_tokens = self.global_sum(tokens)
-        loss = self.global_sum(total.item()) / max(all_tokens, 1.0)
         self.guard.beat(step)
-        self.metrics.eval(EvalRecord(step=step, loss=loss, tokens=int(all_tokens)))
+        self.metrics.eval(EvalRecord(step=step, loss=total / max(tokens, 1.0), tokens=int(tokens)))
 
     def should_stop(self) -> bool:
         """Whether all ranks stop here: a signal reached one of them, or the time is up."""
+        return self.guard.should_stop(self.timed_out())
+
+    def timed_out(self) -> bool:
         limit = self.config.train.max_minutes
-        timed_out = limit is not None and time.monotonic() - self.started > 60 * limit
-        return self.guard.should_stop(timed_out)
+        return limit is not None and time.monotonic() - self.started > 60 * limit
 
     def save(self, step: int) -> None:
         """Training checkpoint of all ranks, committed last, then the old ones go."""
         if step == self.saved_step:
             return
-        save_state(
-            self.checkpoints,
-            step,
-            model=self.model,
-            optimizer=self.optimizer,
-            scheduler=self.scheduler,
-            data_state=self.data.train.state_dict(),
-            tokenizer=self.tokenizer,
-            dropped=self.model.dropped_weights,
-        )
-        prune(self.checkpoints, self.config.checkpoint.keep)
+        with self.metrics.checkpoint(step):
+            save_state(
+                self.checkpoints,
+                step,
+                model=self.model,
+                optimizer=self.optimizer,
+                scheduler=self.scheduler,
+                data_state=self.data.train.state_dict(),
+                tokenizer=self.tokenizer,
+                dropped=self.model.dropped_weights,
+            )
+            prune(self.checkpoints, self.config.checkpoint.keep)
         self.saved_step = step
         self.guard.beat(step)
 
@@ -250,19 +308,8 @@ class Run:
     def to_device(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         return {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
 
-    def global_sum(self, value: float) -> float:
-        """Sum of a number over all ranks."""
-        if not dist.is_initialized():
-            return float(value)
-        tensor = torch.tensor(float(value), dtype=torch.float64, device=self.device)
-        dist.all_reduce(tensor)
-        return tensor.item()
 
-    def mean_over_ranks(self, value: Tensor) -> float:
-        return self.global_sum(value.item()) / mesh.world_size()
-
-
-def setup(config: RunConfig) -> Run:
+def setup(config: RunConfig, expect: facts.Expect | None = None) -> Run:
     """Everything before the first step. Cheap checks come first, so that a mistake costs seconds, then the data, whose
     tokens are kept for the next try, then the weights. What an earlier run has left stays untouched."""
     keep_quiet()
@@ -292,15 +339,21 @@ def setup(config: RunConfig) -> Run:
         cache_dir=Path(config.data.cache_dir or output_dir / "data"),
         progress=mesh.rank() == 0,
     )
-    metrics = Metrics(
-        config.metrics,
-        output_dir,
-        mesh.rank(),
-        config.train.steps,
-        info={"vocab_size": len(tokenizer), "world_size": mesh.world_size(), "data": data.summary},
-    )
+    metrics = facts.open_metrics(config, {"vocab_size": len(tokenizer), "data": data.summary})
+    try:
+        facts.tell_expectation(metrics, config, model_config, expect)
+        verify_checksums(checkpoint)
+        return make_run(config, device, directory, tokenizer, data, metrics)
+    except ValueError:
+        metrics.finish()  # refused: nobody is to miss its ranks
+        metrics.close()
+        raise
 
-    verify_checksums(checkpoint)
+
+def make_run(
+    config: RunConfig, device: torch.device, directory: Path, tokenizer: Any, data: Data, metrics: Metrics
+) -> Run:
+    """The model and what makes it learn."""
     torch.manual_seed(config.train.seed)
     model = build_model(config, directory)
     if config.data.packing and config.data.document_mask:
@@ -311,7 +364,9 @@ def setup(config: RunConfig) -> Run:
     parts = step_parts(model, config)
     for note in parts.notes:
         metrics.say(note)
-    rate = config.balance.bias_update_rate
+    layers = dict(zip(facts.layer_names(parts.stats.names), parts.stats.experts, strict=True))
+    metrics.describe(layers, facts.infos(config, model.config), config.checkpoint.every)
+    rate, times = config.balance.bias_update_rate, DeviceTimes(device)
     return Run(
         config=config,
         device=device,
@@ -323,8 +378,10 @@ def setup(config: RunConfig) -> Run:
         scheduler=build_scheduler(parts.optimizer, config.optim, config.train.steps),
         stats=parts.stats,
         bias_update=BiasUpdate(model, rate, parts.stats) if rate else None,
-        guard=Guard(output_dir, mesh.rank(), hang_seconds=config.parallel.timeout_seconds / 2),
+        guard=Guard(config.output_dir, mesh.rank(), hang_seconds=config.parallel.timeout_seconds / 2),
         metrics=metrics,
+        readback=Readback(parts.passes, parts.stats, times, device, config.metrics.expert_matrix),
+        times=times,
     )
 
 
@@ -333,11 +390,10 @@ def count_labels(batch: dict[str, Tensor]) -> int:
     return int((batch["labels"][:, 1:] != -100).sum())
 
 
-def memory_bytes() -> int:
-    """Peak allocated on the GPU, or the peak resident set of this process."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def count_tokens(batch: dict[str, Tensor]) -> int:
+    """Tokens that the model sees; packed rows are full but for the last few, and count whole."""
+    mask = batch.get("attention_mask")
+    return batch["input_ids"].numel() if mask is None else int(mask.sum())
 
 
 def barrier() -> None:

@@ -21,11 +21,12 @@ from moetrain.kernels.bias import (
     row_bias_backward,
     row_bias_backward_ref,
 )
-from moetrain.kernels.experts import experts_forward_ref
+from moetrain.kernels.experts import expert_rows, experts_forward_ref
 from moetrain.kernels.gated import gated_activation, gated_activation_backward
 from moetrain.kernels.grouped import multiply_outer, multiply_outer_ref, multiply_rows, multiply_rows_ref
 from moetrain.kernels.permutation import permute_ref, permute_rows, sum_rows, unpermute_reduce_ref
 from moetrain.kernels.routing import route_sort, route_sort_ref
+from moetrain.kernels.row_stack import Place, RowStack, rows_at
 from moetrain.kernels.rows import ExpertWeights
 
 Layer = Callable[[list[torch.Tensor], torch.Tensor, ExpertWeights, Activation], torch.Tensor]
@@ -259,3 +260,65 @@ def check_layer(
     for i, (value, reference) in enumerate(zip(runs[0], (expected, *expected_gradients), strict=True)):
         assert relative_error(value, reference) <= limit, f"output {i}"
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+def check_row_stack(name: str, bias: bool, transposed: bool, dtype: torch.dtype, device: str) -> None:
+    """Layers whose rows lie one after the other, all forwards before the first backward: the same bits as with memory
+    of their own, in two passes. Nothing is written beyond the rows of a call."""
+    stack, room = RowStack(torch.device(device)), 200
+    layers = []
+    for routing in ("random", "none", "skewed", "sparse"):
+        leaves, index, _, weights = layer_case(name, routing, bias, transposed, dtype, device)
+        grad = torch.randn(room, leaves[0].shape[1], device=device).to(dtype)
+        layers.append((leaves, route_sort(index, 4, room), grad, weights(leaves)))
+    counts = [int(routing.counts_E.sum()) for _, routing, _, _ in layers]
+
+    def forward(layer: int, place: Place | None) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        (x, top_k_weights, *parameters), routing, _, weights = layers[layer]
+        rows, row_weights = permute_rows(x.detach(), top_k_weights.detach(), routing.row_TK, room, place)
+        inputs = [rows.requires_grad_(), row_weights.requires_grad_()]
+        out = expert_rows(rows, routing.offsets_E, row_weights, weights, ACTIVATIONS[name], place)
+        return out, [*inputs, *parameters]
+
+    def backward(layer: int, out: torch.Tensor, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
+        used, grad = counts[layer], layers[layer][2]
+        poison(grad, used=used)
+        rows, weights, *rest = torch.autograd.grad(out, inputs, grad)
+        return [out.detach()[:used], rows[:used], weights[:used], *rest]
+
+    expected = [backward(layer, *forward(layer, None)) for layer in range(len(layers))]
+    up_columns = layers[0][3].up.shape[2 if transposed else 1]
+    stack.begin()
+    assert all(stack.push(routing.counts_E) is None for _, routing, _, _ in layers)
+    assert int(stack.most) == sum(counts[:-1])
+    stack.lay_out(int(stack.most), room)
+    for _ in range(2):
+        stack.begin()
+        places = [stack.push(routing.counts_E) for _, routing, _, _ in layers]
+        assert [int(place.at) for place in places if place is not None] == [sum(counts[:n]) for n in range(len(counts))]
+        assert places[0] is not None
+        for buffer, columns in (("rows", layers[0][0][0].shape[1]), ("up", up_columns)):
+            places[0].rows(buffer, room, columns, dtype)
+            stack._buffers[buffer].fill_(math.nan)
+        done = [forward(layer, place) for layer, place in enumerate(places)]
+        assert all(buffer[sum(counts) :].isnan().all() for buffer in stack._buffers.values())
+        for layer in reversed(range(len(layers))):
+            found = backward(layer, *done[layer])
+            assert all(torch.equal(a, b) for a, b in zip(found, expected[layer], strict=True)), f"layer {layer}"
+    assert set(stack._buffers) == {"rows", "up"}
+
+
+def check_full_stack(device: str) -> None:
+    """What does not fit is noted, and stays inside of the buffers."""
+    stack = RowStack(torch.device(device))
+    stack.lay_out(100, 64)
+    counts = torch.tensor([20, 30], dtype=torch.int32, device=device)
+    starts = []
+    for _ in range(5):
+        place = stack.push(counts)
+        assert place is not None
+        starts.append(int(place.at))
+        rows_at(place.rows("rows", 64, 8, torch.float32), place.at).fill_(1.0)
+    assert starts == [0, 50, 100, 100, 100]
+    assert int(stack.most) == 200, "two calls were too high"
+    assert stack._buffers["rows"].shape == (164, 8) and bool((stack._buffers["rows"] == 1.0).all())

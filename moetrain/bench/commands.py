@@ -12,6 +12,7 @@ from moetrain.bench.shapes import find_shape, layer_shape
 Run = Callable[[argparse.Namespace], int]
 DEFAULT_MODEL = "qwen3-30b-a3b"
 OUT = "runs/bench"
+KERNELS = ("auto", "transformer_engine", "te", "torch")
 GATES, CHECKPOINTING = ("learned", "random", "sequential"), ("none", "full", "selective")
 
 
@@ -47,6 +48,7 @@ def run_model(args: argparse.Namespace) -> int:
     from moetrain import mesh
     from moetrain.bench import compare
     from moetrain.bench.systems import Case
+    from moetrain.config import full_name
 
     case = Case(
         model=args.model,
@@ -55,7 +57,8 @@ def run_model(args: argparse.Namespace) -> int:
         seq_len=args.seq_len,
         gate=args.gate,
         ep_size=args.ep_size or compare.largest_ep_size(args.model, mesh.world_size()),
-        dispatch=args.dispatch,
+        kernels=full_name(args.kernels),
+        dispatch=full_name(args.dispatch),
         activation_checkpointing=args.activation_checkpointing,
         graph=args.graph,
         warmup=args.warmup,
@@ -107,10 +110,12 @@ def run_layer(args: argparse.Namespace) -> int:
     from moetrain.bench.isolate import join_group, leave_group
     from moetrain.bench.layer import bench_layer
     from moetrain.bench.rows import command_line, present
+    from moetrain.config import full_name
 
     join_group()
     ep_size = args.ep_size or largest_ep_size(args.model, mesh.world_size())
-    rows = bench_layer(args.model, args.tokens, ep_size, args.gate, args.dispatch, args.against is not None)
+    dispatch = full_name(args.dispatch)
+    rows = bench_layer(args.model, args.tokens, ep_size, args.gate, dispatch, args.against is not None)
     present("layer", rows, command_line(args.words), Path(args.out))
     leave_group()
     return 0
@@ -211,6 +216,7 @@ def _add_model(add: Callable[..., argparse.ArgumentParser]) -> None:
         "torchrun --nproc-per-node 8 -m moetrain bench qwen3-30b-a3b --against transformers",
         "moetrain bench qwen3-30b-a3b --processes 8 --batch 4 --activation-checkpointing full",
         "moetrain bench qwen3-30b-a3b --processes 1 --layers 8 --profile",
+        "moetrain bench qwen3-30b-a3b --kernels te --dispatch deepep",
         "moetrain bench tiny --seq-len 256 --against transformers    (no GPU needed)",
     )
     sub.prog = "moetrain bench"
@@ -223,6 +229,7 @@ def _add_model(add: Callable[..., argparse.ArgumentParser]) -> None:
     sub.add_argument(
         "--ep-size", type=positive, metavar="N", help="ranks that share the experts (default: as many as can)"
     )
+    sub.add_argument("--kernels", choices=KERNELS, default="auto", help="as model.kernels of a run (default: auto)")
     sub.add_argument("--dispatch", default="auto", metavar="NAME", help="as model.dispatch of a run (default: auto)")
     sub.add_argument("--activation-checkpointing", choices=CHECKPOINTING, default="none", help="default: none")
     sub.add_argument("--graph", choices=("auto", "on", "off"), default="auto", help="CUDA graph (default: auto)")

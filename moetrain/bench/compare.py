@@ -23,9 +23,9 @@ from moetrain.bench.rows import command_line
 from moetrain.bench.shapes import count_experts
 from moetrain.bench.step import Timings, random_batches, time_steps
 from moetrain.bench.systems import Case, build_subject, systems_of
+from moetrain.facts import read_memory
 from moetrain.moe.layer import ep_implementation
 from moetrain.prepare import keep_quiet
-from moetrain.trainer import memory_bytes
 
 GIB = 2**30
 PROFILED_STEPS = 2
@@ -137,7 +137,7 @@ def measure(system: str, case: Case, trace: Path | None = None) -> Measurement:
     number = case.warmup + case.steps + (PROFILED_STEPS if trace else 0)
     batches = random_batches(config.get_text_config().vocab_size, case.batch, case.seq_len, number)
     timings = time_steps(subject, batches[: case.warmup + case.steps], case.warmup)
-    peak, taken = memory_bytes() / GIB, _taken_gib(device)
+    peak, taken = read_memory().peak / GIB, _taken_gib(device)
     seconds = _means(timings, device)
     tokens, passes = case.batch * case.seq_len, seconds["forward_backward"]
     tflops = flop * tokens / passes / 1e12

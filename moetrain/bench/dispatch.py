@@ -81,7 +81,8 @@ def check_exchange(
     ids = index_TK.int()
     for _ in range(3):
         exchange.post_tokens(x_TH, ids, weights_TK)
-        rows, row_weights, routing = exchange.take_rows(capacity)
+        routing = exchange.sort(capacity)
+        rows, row_weights = exchange.take_rows(routing)
         expected = route_sort(all_index, experts, capacity, first)
         assert all(torch.equal(a, b) for a, b in zip(routing, expected, strict=True)), "routing differs"
         used = int(routing.offsets_E[-1])
@@ -183,7 +184,8 @@ def _time_nvlink(
     rank, world, experts = exchange.rank, exchange.world, exchange.num_local_experts
     ids, hidden_bytes = index.int(), x.shape[1] * x.element_size()
     exchange.post_tokens(x, ids, weights)
-    rows, row_weights, routing = exchange.take_rows(capacity)
+    routing = exchange.sort(capacity)
+    rows, row_weights = exchange.take_rows(routing)
     exchange.post_sums(rows, None, routing.row_TK)
     remote = _remote_copies(index, experts, rank) * hidden_bytes
     received = _remote_copies_here(exchange, routing.row_TK) * hidden_bytes
@@ -197,7 +199,7 @@ def _time_nvlink(
 
     def forward() -> None:
         exchange.post_tokens(x, ids, weights)
-        exchange.post_sums(exchange.take_rows(capacity)[0], None, routing.row_TK)
+        exchange.post_sums(exchange.take_rows(exchange.sort(capacity))[0], None, routing.row_TK)
         exchange.take_sums(ids, weighted=False)
 
     def backward() -> None:

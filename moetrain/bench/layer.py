@@ -19,6 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from transformers.distributed.expert_parallel import AllToAllEP
 
 from moetrain import mesh
+from moetrain.backends import deep_ep
 from moetrain.bench.flops import peak_tflops
 from moetrain.bench.kernels import eager_milliseconds, graph_milliseconds
 from moetrain.bench.rows import Row
@@ -63,12 +64,12 @@ def bench_layer(
     native_name, native = _native(experts, ep_mesh)
     expected = _step(native, experts, inputs)
     systems: dict[str, tuple[Layer, bool]] = {}
-    for name, dispatcher in _dispatchers(dispatch, shape.num_experts * ep_size, ep_mesh).items():
+    for name, dispatcher in _dispatchers(dispatch, shape, ep_mesh).items():
         layer = _layer(experts, dispatcher)
         _check(name, _step(layer, experts, inputs), expected)
-        if isinstance(dispatcher, StaticDispatcher):
+        if isinstance(dispatcher, StaticDispatcher) and not dispatcher.waits:
             dispatcher.capacity = _needed(dispatcher)
-        systems[name] = layer, name != "alltoall"
+        systems[name] = layer, not dispatcher.waits
     if against_transformers:
         systems[native_name] = native, ep_mesh is None
     rows = []
@@ -109,14 +110,18 @@ def _native(experts: Any, ep_mesh: DeviceMesh | None) -> tuple[str, Layer]:
     return "transformers all_to_all", AllToAllEP(experts, ep_mesh["ep"], ep_mesh["tp"])
 
 
-def _dispatchers(dispatch: str, num_experts: int, ep_mesh: DeviceMesh | None) -> dict[str, Dispatcher]:
+def _dispatchers(dispatch: str, shape: LayerShape, ep_mesh: DeviceMesh | None) -> dict[str, Dispatcher]:
     group = None if ep_mesh is None else ep_mesh["ep"].get_group()
     names = [dispatch]
     if dispatch == "auto":
         names = ["local"] if ep_mesh is None else ["alltoall", "allgather"]
         if ep_mesh is not None and nvlink_obstacle(ep_mesh["ep"].size()) is None:
             names.append("nvlink")
-    return {name: build_dispatcher(name, num_experts, group) for name in names}
+        sizes = deep_ep.Sizes(shape.hidden, shape.top_k, shape.num_experts, torch.bfloat16)
+        if ep_mesh is not None and deep_ep.obstacle(ep_mesh["ep"].size(), sizes) is None:
+            names.append("deep_ep")
+    ranks = 1 if ep_mesh is None else ep_mesh["ep"].size()
+    return {name: build_dispatcher(name, shape.num_experts * ranks, group) for name in names}
 
 
 def _layer(experts: Any, dispatcher: Dispatcher) -> Layer:

@@ -27,7 +27,7 @@ from moetrain.moe.dispatch import fastest_dispatch
 from moetrain.moe.layer import ep_implementation
 from moetrain.moe.router import set_gate
 from moetrain.optim import clip_factor, grad_norm
-from moetrain.prepare import step_parts
+from moetrain.prepare import choose_kernels, step_parts
 from moetrain.sharded_init import initialize_weights
 
 LR = 1e-8
@@ -49,6 +49,7 @@ class Case:
     seq_len: int = 4096
     gate: Literal["learned", "random", "sequential"] = "learned"
     ep_size: int = 1
+    kernels: Literal["auto", "transformer_engine", "torch"] = "auto"
     dispatch: str = "auto"
     activation_checkpointing: Literal["none", "full", "selective"] = "none"
     graph: Literal["auto", "on", "off"] = "auto"
@@ -62,7 +63,7 @@ class Case:
         """The same setting as the trainer gets it. Nothing is read from its paths."""
         return RunConfig(
             output_dir=".",
-            model=ModelConfig(path=".", activation_checkpointing=self.activation_checkpointing),
+            model=ModelConfig(path=".", kernels=self.kernels, activation_checkpointing=self.activation_checkpointing),
             data=DataConfig(train=[Source(path=".")], seq_len=self.seq_len, batch_size=self.batch),
             train=TrainConfig(steps=self.warmup + self.steps, cuda_graph=self.graph),
             optim=OptimConfig(lr=LR, states="bf16_stochastic"),
@@ -101,6 +102,7 @@ def build_moetrain(case: Case) -> Subject:
         with mesh.device():
             model = AutoModelForCausalLM.from_config(config, **kwargs)
     model.train()
+    choose_kernels(model, case.run_config().model)
     parts = step_parts(model, case.run_config())
     labels = case.batch * (case.seq_len - 1)  # of a rank: the model predicts a token from those before it
 

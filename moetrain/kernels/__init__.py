@@ -6,6 +6,7 @@ grouped.py      grouped_mm: products with each expert's weight
 gated.py        activation * routing weight (activation.py: the table of activations)
 bias.py         biases of experts
 rows.py         the experts' arithmetic made of them
+row_stack.py    RowStack: the rows that the backward needs of all layers in one buffer
 experts.py      experts_forward, expert_rows: the layer, differentiable
 exchange.py     Exchange: tokens to other ranks and back, static in shape (nvlink.py: kernels of NvlinkExchange)
 attention.py    attend: causal attention by cuDNN or flash, with documents, windows and sinks
@@ -30,6 +31,7 @@ from moetrain.kernels.experts import expert_rows, experts_forward, scale_gradien
 from moetrain.kernels.grouped import grouped_mm
 from moetrain.kernels.permutation import permute, unpermute_reduce
 from moetrain.kernels.routing import Routing, route_sort
+from moetrain.kernels.row_stack import Place, RowStack
 from moetrain.kernels.rows import GRADIENTS, ExpertWeights, expert_weights
 
 __all__ = [
@@ -41,7 +43,9 @@ __all__ = [
     "ExpertWeights",
     "GatherExchange",
     "NvlinkExchange",
+    "Place",
     "Routing",
+    "RowStack",
     "expert_rows",
     "expert_weights",
     "experts_forward",

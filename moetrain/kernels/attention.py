@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moetrain.kernels._triton import cdiv, jit, next_power_of_2, runs_triton, tl
+from moetrain.tape import receive_copy
 
 aten = torch.ops.aten
 
@@ -36,6 +37,7 @@ def attend(
     window: int | None = None,
     cu_seqlens: Tensor | None = None,
     sinks_H: Tensor | None = None,
+    keep: bool = False,
 ) -> Tensor:
     """Causal attention [B, S, H, V]: each token sees itself and what precedes it in its document and its window.
 
@@ -48,9 +50,10 @@ def attend(
         cu_seqlens: int32 [N + 1], where the documents begin in the flattened rows, ending with T. None of them spans
             two rows; the last ones may be empty.
         sinks_H: one more logit of each head, any float type.
+        keep: a recomputation takes the result of the forward (`moetrain.tape`).
     """
     size = v_BSGV.shape[-1]
-    if backend == "cudnn" and sinks_H is None:
+    if backend == "cudnn" and sinks_H is None and not keep:
         # torch's own operator and derivative: its compiler knows the strides, and copies nothing before or after it
         tensors = (tensor.transpose(1, 2) for tensor in (q_BSHD, k_BSGD, v_BSGV))
         plain: Tensor = aten._scaled_dot_product_cudnn_attention(
@@ -60,7 +63,7 @@ def attend(
         return contiguous
     if backend == "flash" and size < q_BSHD.shape[-1]:  # the kernel has one size for keys and values
         v_BSGV = F.pad(v_BSGV, (0, q_BSHD.shape[-1] - size))
-    out: Tensor = _attention_op(q_BSHD, k_BSGD, v_BSGV, sinks_H, cu_seqlens, scale, window, backend)[0]
+    out: Tensor = _attention_op(q_BSHD, k_BSGD, v_BSGV, sinks_H, cu_seqlens, scale, window, backend, keep)[0]
     return out[..., :size]
 
 
@@ -175,14 +178,19 @@ def _attention_op(
     scale: float,
     window: int | None,
     backend: str,
+    keep: bool,
 ) -> tuple[Tensor, Tensor]:
     """out [B, S, H, V] and the log-sum-exp with the sinks in it: [B, H, S], with documents [H, T]."""
-    out, lse = _FORWARD[backend](q, k, v, cu_seqlens, scale, window)
-    if sinks_H is not None:
-        with_sink = torch.logaddexp(lse, sinks_H.to(lse.dtype)[:, None])
-        out.mul_((_per_row(lse, q) - _per_row(with_sink, q)).exp().transpose(1, 2)[..., None])
-        lse = with_sink
-    return out, lse
+
+    def compute() -> tuple[Tensor, Tensor]:
+        out, lse = _FORWARD[backend](q, k, v, cu_seqlens, scale, window)
+        if sinks_H is not None:
+            with_sink = torch.logaddexp(lse, sinks_H.to(lse.dtype)[:, None])
+            out.mul_((_per_row(lse, q) - _per_row(with_sink, q)).exp().transpose(1, 2)[..., None])
+            lse = with_sink
+        return out, lse
+
+    return receive_copy(compute) if keep else compute()
 
 
 @torch.library.custom_op("moetrain::attention_backward", mutates_args=())
@@ -357,7 +365,7 @@ _BACKWARD = {"cudnn": _cudnn_backward, "flash": _flash_backward, "reference": _r
 
 
 @_attention_op.register_fake
-def _(q, k, v, sinks_H, cu_seqlens, scale, window, backend):  # type: ignore[no-untyped-def]
+def _(q, k, v, sinks_H, cu_seqlens, scale, window, backend, keep):  # type: ignore[no-untyped-def]
     lse_type = torch.promote_types(q.dtype, torch.float32)
     rows, length, heads, _ = q.shape
     if cu_seqlens is not None:
@@ -378,16 +386,16 @@ def _(grad, q, k, v, sinks_H, cu_seqlens, out, lse, scale, window, backend):  # 
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, ctx.scale, ctx.window, ctx.backend = inputs
+    *tensors, ctx.scale, ctx.window, ctx.backend, _keep = inputs
     ctx.save_for_backward(*tensors, *output)
     ctx.set_materialize_grads(False)
 
 
 def _run_backward(ctx: Any, grad: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
     if grad is None:
-        return (None,) * 8
+        return (None,) * 9
     dq, dk, dv, dsinks = _attention_backward_op(grad, *ctx.saved_tensors, ctx.scale, ctx.window, ctx.backend)
-    return dq, dk, dv, dsinks if ctx.needs_input_grad[3] else None, None, None, None, None
+    return dq, dk, dv, dsinks if ctx.needs_input_grad[3] else None, *[None] * 5
 
 
 _attention_op.register_autograd(_run_backward, setup_context=_setup_context)

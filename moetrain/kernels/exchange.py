@@ -25,6 +25,8 @@ from moetrain.kernels.nvlink import (
 )
 from moetrain.kernels.permutation import permute_rows, sum_rows
 from moetrain.kernels.routing import Routing, route_sort
+from moetrain.kernels.row_stack import Place
+from moetrain.metrics.device import timed
 
 
 class Peers(NamedTuple):
@@ -45,9 +47,8 @@ class Exchange(ABC):
         """Bring tokens to the ranks of their experts (int32 ids), with the choices and weights (fp32) where given."""
 
     @abstractmethod
-    def take_rows(self, capacity: int | None) -> tuple[torch.Tensor, torch.Tensor, Routing]:
-        """What `post_tokens` brought, in expert order: rows [R, H], weights [R] in fp32, and where each came from
-        (`row_TK` is [S, K]).
+    def sort(self, capacity: int | None) -> Routing:
+        """The rows, in expert order, of the choices that `post_tokens` brought (`row_TK` is [S, K]).
 
         Args:
             capacity: rows R to make room for; more are cut, and `Routing.counts_E` tells. None makes room for all,
@@ -55,8 +56,16 @@ class Exchange(ABC):
         """
 
     @abstractmethod
+    def take_rows(self, routing: Routing, place: Place | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """What `post_tokens` brought, in the order of `sort`: rows [R, H] and their weights [R] in fp32.
+
+        Args:
+            place: where the rows go, `place.at` rows after the result; None makes room.
+        """
+
+    @abstractmethod
     def take_more_rows(self, row_SK: torch.Tensor, capacity: int) -> torch.Tensor:
-        """What `post_tokens` brought without choices, in the order of an earlier `take_rows`: a gradient's rows."""
+        """What `post_tokens` brought without choices, in the order of an earlier `sort`: a gradient's rows."""
 
     @abstractmethod
     def post_sums(self, rows_RH: torch.Tensor, weights_R: torch.Tensor | None, row_SK: torch.Tensor) -> None:
@@ -86,13 +95,17 @@ class GatherExchange(Exchange):
         choices = (None, None) if weights_TK is None else (self._gather(index_TK), self._gather(weights_TK))
         self.posted = (self._gather(x_TH), *choices)
 
-    def take_rows(self, capacity: int | None) -> tuple[torch.Tensor, torch.Tensor, Routing]:
-        x_SH, index_SK, weights_SK = self.posted
-        assert x_SH is not None and index_SK is not None
+    def sort(self, capacity: int | None) -> Routing:
+        index_SK = self.posted[1]
+        assert index_SK is not None
         if capacity is None:
             capacity = count_rows(index_SK, self.first, self.num_local_experts)
-        routing = route_sort(index_SK, self.num_local_experts, capacity, self.first)
-        return *permute_rows(x_SH, weights_SK, routing.row_TK, capacity), routing
+        return route_sort(index_SK, self.num_local_experts, capacity, self.first)
+
+    def take_rows(self, routing: Routing, place: Place | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        x_SH, _, weights_SK = self.posted
+        assert x_SH is not None
+        return permute_rows(x_SH, weights_SK, routing.row_TK, routing.slot_R.numel(), place)
 
     def take_more_rows(self, row_SK: torch.Tensor, capacity: int) -> torch.Tensor:
         x_SH = self.posted[0]
@@ -111,12 +124,14 @@ class GatherExchange(Exchange):
     def _gather(self, tensor: torch.Tensor) -> torch.Tensor:
         ranks = dist.get_world_size(self.group)
         out = tensor.new_empty(ranks * tensor.shape[0], *tensor.shape[1:])
-        dist.all_gather_into_tensor(out, tensor.contiguous(), group=self.group)
+        with timed("collective_wait", tensor.device, many=True):
+            dist.all_gather_into_tensor(out, tensor.contiguous(), group=self.group)
         return out
 
     def _scatter(self, tensor: torch.Tensor) -> torch.Tensor:
         out = tensor.new_empty(tensor.shape[0] // dist.get_world_size(self.group), *tensor.shape[1:])
-        dist.reduce_scatter_tensor(out, tensor, group=self.group)
+        with timed("collective_wait", tensor.device, many=True):
+            dist.reduce_scatter_tensor(out, tensor, group=self.group)
         return out
 
 
@@ -162,14 +177,16 @@ class NvlinkExchange(Exchange):
         if weights_TK is not None:
             push_choices(index_TK, weights_TK, self.choices.table, self.weights.table, self.rank)
         push_tokens(x_TH, index_TK, self.sent.table, self.rank, self.num_local_experts)
-        self._handle.barrier(0)
+        self._wait_for_all()
 
-    def take_rows(self, capacity: int | None) -> tuple[torch.Tensor, torch.Tensor, Routing]:
+    def sort(self, capacity: int | None) -> Routing:
         first = self.rank * self.num_local_experts
         if capacity is None:
             capacity = count_rows(self.choices.local, first, self.num_local_experts)
-        routing = route_sort(self.choices.local, self.num_local_experts, capacity, first)
-        return *permute_rows(self.sent.local, self.weights.local, routing.row_TK, capacity), routing
+        return route_sort(self.choices.local, self.num_local_experts, capacity, first)
+
+    def take_rows(self, routing: Routing, place: Place | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        return permute_rows(self.sent.local, self.weights.local, routing.row_TK, routing.slot_R.numel(), place)
 
     def take_more_rows(self, row_SK: torch.Tensor, capacity: int) -> torch.Tensor:
         return permute_rows(self.sent.local, None, row_SK, capacity)[0]
@@ -178,7 +195,7 @@ class NvlinkExchange(Exchange):
         self._before("returned")
         tables = self.returned.table, self.weight_grads.table
         push_sums(rows_RH, weights_R, row_SK, *tables, self.rank)
-        self._handle.barrier(0)
+        self._wait_for_all()
 
     def take_sums(self, index_TK: torch.Tensor, weighted: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
         weights_SK = self.weight_grads.local if weighted else None
@@ -191,8 +208,12 @@ class NvlinkExchange(Exchange):
         """A buffer may be written once every rank has read what was in it: the barrier of a use of the other buffer
         says so; two uses of the same need one more."""
         if self._busy == buffer:
-            self._handle.barrier(0)
+            self._wait_for_all()
         self._busy = buffer
+
+    def _wait_for_all(self) -> None:
+        with timed("collective_wait", self.sent.local.device, many=True):
+            self._handle.barrier(0)
 
 
 def count_rows(index_SK: torch.Tensor, first_expert: int, num_experts: int) -> int:

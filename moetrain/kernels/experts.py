@@ -19,6 +19,7 @@ from moetrain.kernels.aside import aside, run_now
 from moetrain.kernels.grouped import grouped_mm
 from moetrain.kernels.permutation import permute, permute_rows, sum_rows, unpermute_reduce
 from moetrain.kernels.routing import route_sort
+from moetrain.kernels.row_stack import Place
 from moetrain.kernels.rows import ExpertWeights, backward_parameters, backward_rows, forward_rows
 
 Gate = Activation | Callable[[torch.Tensor], torch.Tensor]
@@ -30,6 +31,7 @@ def experts_forward(
     top_k_weights_TK: torch.Tensor,
     weights: ExpertWeights,
     activation: Gate,
+    outputs: bool = True,
 ) -> torch.Tensor:
     """Sum over k of weight * expert(x) for every token [T, H]; choices outside [0, E) add nothing.
 
@@ -38,13 +40,14 @@ def experts_forward(
 
     Args:
         activation: a row of the fused table, or a function of [R, G] to [R, I] that runs as torch operators.
+        outputs: False may leave the result unwritten: only its backward matters.
     """
     routing = route_sort(top_k_index_TK, weights.up.shape[0])
     if not isinstance(activation, Activation):
         rows_RH, weights_R = permute(x_TH, top_k_weights_TK, routing)
         return unpermute_reduce(_plain_rows(rows_RH, routing.offsets_E, weights_R, weights, activation), routing)
     out_TH: torch.Tensor = _experts_op(
-        x_TH, top_k_weights_TK, routing.row_TK, routing.offsets_E, *weights, activation.key()
+        x_TH, top_k_weights_TK, routing.row_TK, routing.offsets_E, *weights, activation.key(), outputs
     )[0]
     return out_TH
 
@@ -55,6 +58,8 @@ def expert_rows(
     weights_R: torch.Tensor,
     weights: ExpertWeights,
     activation: Gate,
+    place: Place | None = None,
+    outputs: bool = True,
 ) -> torch.Tensor:
     """weight * expert(row) for rows [R, H] in expert order; rows from `offsets_E[-1]` on are not read, and undefined
     in the result and in the gradient.
@@ -62,10 +67,19 @@ def expert_rows(
     Args:
         offsets_E: row at which each expert ends, int32, not above R.
         weights_R: routing weight of each row, fp32.
+        place: where the rows lie, `place.at` rows after `rows_RH`; what the backward needs goes there too. Not for
+            activations without a kernel. None: in `rows_RH`.
+        outputs: as above.
     """
     if not isinstance(activation, Activation):
+        assert place is None
         return _plain_rows(rows_RH, offsets_E, weights_R, weights, activation)
-    out_RH: torch.Tensor = _rows_op(rows_RH, weights_R, offsets_E, *weights, activation.key())[0]
+    if place is not None:
+        placed_RH: torch.Tensor = _PlacedRows.apply(
+            rows_RH, weights_R, offsets_E, *weights[:4], weights[4:], activation, place, outputs
+        )
+        return placed_RH
+    out_RH: torch.Tensor = _rows_op(rows_RH, weights_R, offsets_E, *weights, activation.key(), outputs)[0]
     return out_RH
 
 
@@ -150,10 +164,15 @@ def _experts_op(
     gradient_scale: float,
     deferrable: bool,
     activation: str,
+    outputs: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     weights = ExpertWeights(up, down, up_bias, down_bias, transposed, gradient_scale, deferrable)
     rows_RH, weights_R = permute_rows(x_TH, weights_TK, row_TK, row_TK.numel())
-    out_RH, up_RG = forward_rows(rows_RH, weights_R, offsets_E, weights, Activation.parse(activation))
+    out_RH, up_RG = forward_rows(
+        rows_RH, weights_R, offsets_E, weights, Activation.parse(activation), outputs=outputs
+    )
+    if not outputs:
+        return torch.empty_like(x_TH), up_RG
     return sum_rows(out_RH, None, row_TK)[0], up_RG
 
 
@@ -203,9 +222,10 @@ def _rows_op(
     gradient_scale: float,
     deferrable: bool,
     activation: str,
+    outputs: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     weights = ExpertWeights(up, down, up_bias, down_bias, transposed, gradient_scale, deferrable)
-    return forward_rows(rows_RH, weights_R, offsets_E, weights, Activation.parse(activation))
+    return forward_rows(rows_RH, weights_R, offsets_E, weights, Activation.parse(activation), outputs=outputs)
 
 
 @torch.library.custom_op("moetrain::expert_rows_backward", mutates_args=())
@@ -227,13 +247,66 @@ def _rows_backward_op(
     needs_parameters: bool,
 ) -> list[torch.Tensor]:
     weights = ExpertWeights(up, down, up_bias, down_bias, transposed, gradient_scale, deferrable)
+    gradients = _rows_backward(
+        grad_RH,
+        up_RG,
+        rows_RH,
+        weights_R,
+        offsets_E,
+        weights,
+        Activation.parse(activation),
+        None,
+        needs_rows,
+        needs_parameters,
+    )
+    return _or_empty(gradients, grad_RH)
+
+
+def _rows_backward(
+    grad_RH: torch.Tensor,
+    up_RG: torch.Tensor,
+    rows_RH: torch.Tensor,
+    weights_R: torch.Tensor,
+    offsets_E: torch.Tensor,
+    weights: ExpertWeights,
+    activation: Activation,
+    at: torch.Tensor | None,
+    needs_rows: bool,
+    needs_parameters: bool,
+) -> list[torch.Tensor | None]:
+    """Gradients of the rows, their weights, and the four parameters; None where not needed."""
     grad_RH = grad_RH.contiguous()
-    gradients = backward_rows(grad_RH, up_RG, weights_R, offsets_E, weights, Activation.parse(activation), needs_rows)
+    gradients = backward_rows(grad_RH, up_RG, weights_R, offsets_E, weights, activation, needs_rows, at)
     parameters: list[torch.Tensor | None] = [None] * 4
     if needs_parameters:
-        run = aside if deferrable else run_now
-        parameters = run(backward_parameters, rows_RH, weights_R, offsets_E, grad_RH, gradients, weights)
-    return _or_empty([gradients.rows_RH, gradients.weights_R.to(weights_R.dtype), *parameters], grad_RH)
+        run = aside if weights.deferrable else run_now
+        parameters = run(backward_parameters, rows_RH, weights_R, offsets_E, grad_RH, gradients, weights, at)
+    return [gradients.rows_RH, gradients.weights_R.to(weights_R.dtype), *parameters]
+
+
+class _PlacedRows(torch.autograd.Function):
+    """`_rows_op` on rows of a `RowStack`, which an operator could neither take nor return: they are no memory of its
+    own. It runs outside compiled code."""
+
+    @staticmethod
+    def forward(  # type: ignore[no-untyped-def]
+        ctx, rows_RH, weights_R, offsets_E, up, down, up_bias, down_bias, constants, activation, place, outputs
+    ):
+        weights = ExpertWeights(up, down, up_bias, down_bias, *constants)
+        out_RH, up_RG = forward_rows(rows_RH, weights_R, offsets_E, weights, activation, place, outputs)
+        ctx.save_for_backward(up_RG, rows_RH, weights_R, offsets_E, *weights[:4])
+        ctx.constants = constants, activation, place.at
+        return out_RH
+
+    @staticmethod
+    def backward(ctx, grad_RH):  # type: ignore[no-untyped-def]
+        *rows, up, down, up_bias, down_bias = ctx.saved_tensors
+        constants, activation, at = ctx.constants
+        weights = ExpertWeights(up, down, up_bias, down_bias, *constants)
+        needs = ctx.needs_input_grad
+        gradients = _rows_backward(grad_RH, *rows, weights, activation, at, needs[0], any(needs[3:7]))
+        gradients = [*gradients[:2], None, *gradients[2:], *[None] * 4]
+        return tuple(gradient if needed else None for gradient, needed in zip(gradients, needs, strict=True))
 
 
 def _or_empty(gradients: list[torch.Tensor | None], like: torch.Tensor) -> list[torch.Tensor]:
@@ -264,7 +337,7 @@ def _(grad, up_RG, inputs, row_weights, *args):  # type: ignore[no-untyped-def]
 
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    *tensors, transposed, gradient_scale, deferrable, activation = inputs
+    *tensors, transposed, gradient_scale, deferrable, activation, _outputs = inputs
     ctx.constants = transposed, gradient_scale, deferrable, activation
     ctx.save_for_backward(output[1], *tensors)
     ctx.set_materialize_grads(False)
@@ -277,7 +350,7 @@ def _run_backward(ctx, grad, backward_op, num_inputs):  # type: ignore[no-untype
     arguments = (*ctx.saved_tensors, *ctx.constants)
     gradients = backward_op(grad, *arguments, needs[0], needs_parameters)
     middle = [None] * (num_inputs - 2)
-    gradients = [*gradients[:2], *middle, *gradients[2:], *[None] * len(ctx.constants)]
+    gradients = [*gradients[:2], *middle, *gradients[2:], *[None] * len(ctx.constants), None]
     return tuple(gradient if needed else None for gradient, needed in zip(gradients, needs, strict=True))
 
 

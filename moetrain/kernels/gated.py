@@ -17,6 +17,7 @@ from moetrain.kernels.activation import (
     gated_activation_backward_ref,
     gated_activation_ref,
 )
+from moetrain.kernels.row_stack import rows_at
 
 
 def gated_activation(
@@ -25,16 +26,22 @@ def gated_activation(
     offsets_E: torch.Tensor,
     bias_EG: torch.Tensor | None,
     activation: Activation,
+    up_at: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """w * act(up + bias) [R, I], computed in fp32 and rounded once. Not differentiable by itself."""
+    """w * act(up + bias) [R, I], computed in fp32 and rounded once. Not differentiable by itself.
+
+    Args:
+        up_at: the rows of up are this many further on in memory (`RowStack`).
+    """
     if not runs_triton(up_RG) or up_RG.numel() == 0:
-        return gated_activation_ref(up_RG, weights_R, offsets_E, bias_EG, activation)
+        return gated_activation_ref(rows_at(up_RG, up_at), weights_R, offsets_E, bias_EG, activation)
     num_rows, width = up_RG.shape
     inner = width // 2 if activation.gated else width
     out_RI = up_RG.new_empty(num_rows, inner)
     block_r, block_i, warps = _block(inner)
     _activate[(cdiv(num_rows, block_r),)](
         up_RG,
+        up_at,
         weights_R,
         offsets_E,
         bias_EG,
@@ -56,12 +63,13 @@ def gated_activation_backward(
     offsets_E: torch.Tensor,
     bias_EG: torch.Tensor | None,
     activation: Activation,
+    up_at: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """From the gradient of `gated_activation`'s output: that of up [R, G], of the weights [R] in fp32, and the output
     again [R, I], which the down projection's weight gradient needs: recomputing it here costs its write, keeping it
     from the forward I numbers a row."""
     if not runs_triton(up_RG) or up_RG.numel() == 0:
-        return gated_activation_backward_ref(grad_RI, up_RG, weights_R, offsets_E, bias_EG, activation)
+        return gated_activation_backward_ref(grad_RI, rows_at(up_RG, up_at), weights_R, offsets_E, bias_EG, activation)
     num_rows, width = up_RG.shape
     inner = width // 2 if activation.gated else width
     grad_up_RG, out_RI = torch.empty_like(up_RG), up_RG.new_empty(num_rows, inner)
@@ -70,6 +78,7 @@ def gated_activation_backward(
     _activate_backward[(cdiv(num_rows, block_r),)](
         grad_RI,
         up_RG,
+        up_at,
         weights_R,
         offsets_E,
         bias_EG,
@@ -192,6 +201,7 @@ def experts_of(row_R, offsets_E, experts, PAD_E: tl.constexpr):  # type: ignore[
 @jit
 def _activate(  # type: ignore[no-untyped-def]
     up_RG,
+    up_at,
     weights_R,
     offsets_E,
     bias_EG,
@@ -219,6 +229,8 @@ def _activate(  # type: ignore[no-untyped-def]
         expert_R1 = experts_of(row_R, offsets_E, experts, PAD_E)[:, None]
     row_R1 = row_R[:, None].to(tl.int64)
     here_R1 = row_R1 < used
+    if up_at is not None:
+        up_RG += tl.load(up_at) * (2 * inner if GATED else inner)
     for start in range(0, inner, BLOCK_I):
         i_1I = start + tl.arange(0, BLOCK_I)[None, :]
         mask_RI = here_R1 & (i_1I < inner)
@@ -242,6 +254,7 @@ def _activate(  # type: ignore[no-untyped-def]
 def _activate_backward(  # type: ignore[no-untyped-def]
     grad_RI,
     up_RG,
+    up_at,
     weights_R,
     offsets_E,
     bias_EG,
@@ -271,6 +284,8 @@ def _activate_backward(  # type: ignore[no-untyped-def]
         expert_R1 = experts_of(row_R, offsets_E, experts, PAD_E)[:, None]
     row_R1 = row_R[:, None].to(tl.int64)
     here_R1 = row_R1 < used
+    if up_at is not None:
+        up_RG += tl.load(up_at) * (2 * inner if GATED else inner)
     grad_weight_R = tl.zeros((BLOCK_R,), tl.float32)
     for start in range(0, inner, BLOCK_I):
         i_1I = start + tl.arange(0, BLOCK_I)[None, :]

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from moetrain.kernels._triton import INTERPRETED, TensorDescriptor, cdiv, jit, next_power_of_2, runs_triton, tl
+from moetrain.kernels.row_stack import rows_at
 
 TOKENS, FEW, MORE, TILE_N, TILE_K = 128, 64, 32, 128, 64
 """Tiles of `_rows_by_weights`."""
@@ -33,14 +34,32 @@ def grouped_mm(rows_RK: torch.Tensor, weight_EKN: torch.Tensor, offsets_E: torch
     return result
 
 
-def multiply_rows(rows_RK: torch.Tensor, weight_EKN: torch.Tensor, offsets_E: torch.Tensor) -> torch.Tensor:
-    """`grouped_mm` without autograd."""
-    if rows_RK.dtype == torch.float64 or rows_RK.numel() == 0:
-        return multiply_rows_ref(rows_RK, weight_EKN, offsets_E)
-    if not _runs_here(rows_RK, weight_EKN):
-        return torch._grouped_mm(rows_RK, weight_EKN, offs=offsets_E)
+def multiply_rows(
+    rows_RK: torch.Tensor,
+    weight_EKN: torch.Tensor,
+    offsets_E: torch.Tensor,
+    *,
+    at: torch.Tensor | None = None,
+    out_RN: torch.Tensor | None = None,
+    out_at: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """`grouped_mm` without autograd.
+
+    Args:
+        at: the rows are this many further on in memory than `rows_RK` (`RowStack`).
+        out_RN: where the result goes, `out_at` rows further on; None makes room.
+    """
+    if rows_RK.dtype == torch.float64 or rows_RK.numel() == 0 or not _runs_here(rows_RK, weight_EKN):
+        rows_RK = rows_at(rows_RK, at)
+        plain = multiply_rows_ref if rows_RK.dtype == torch.float64 or rows_RK.numel() == 0 else torch._grouped_mm
+        result_RN: torch.Tensor = plain(rows_RK, weight_EKN, offsets_E)
+        if out_RN is None:
+            return result_RN
+        rows_at(out_RN, out_at).copy_(result_RN)
+        return out_RN
     (num_rows, inner), (experts, _, width) = rows_RK.shape, weight_EKN.shape
-    out_RN = rows_RK.new_empty(num_rows, width)
+    if out_RN is None:
+        out_RN = rows_RK.new_empty(num_rows, width)
     by_input = weight_EKN.stride(1) == 1
     weight = weight_EKN.transpose(1, 2) if by_input else weight_EKN
     _rows_by_weights[((num_rows // TOKENS + min(experts, num_rows)) * cdiv(width, TILE_N),)](
@@ -48,6 +67,8 @@ def multiply_rows(rows_RK: torch.Tensor, weight_EKN: torch.Tensor, offsets_E: to
         _descriptor(weight, (1, TILE_N, TILE_K) if by_input else (1, TILE_K, TILE_N)),
         *(_ragged(out_RN, rows, TILE_N) for rows in (TOKENS, FEW, MORE)),
         offsets_E,
+        at,
+        out_at,
         experts,
         width,
         inner,
@@ -66,13 +87,24 @@ def multiply_rows(rows_RK: torch.Tensor, weight_EKN: torch.Tensor, offsets_E: to
 
 
 def multiply_outer(
-    left_RM: torch.Tensor, right_RN: torch.Tensor, offsets_E: torch.Tensor, scale: float = 1.0
+    left_RM: torch.Tensor,
+    right_RN: torch.Tensor,
+    offsets_E: torch.Tensor,
+    scale: float = 1.0,
+    *,
+    left_at: torch.Tensor | None = None,
+    right_at: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`scale` times the sum over each expert's rows of the outer products of left and right [E, M, N], in fp32: a
-    weight's gradient. Zero for an expert without rows."""
-    if left_RM.dtype == torch.float64 or left_RM.numel() == 0:
-        return multiply_outer_ref(left_RM, right_RN, offsets_E, scale)
-    if not _runs_here(left_RM, right_RN):
+    weight's gradient. Zero for an expert without rows.
+
+    Args:
+        left_at: the rows of left are this many further on in memory (`RowStack`); likewise `right_at`.
+    """
+    if left_RM.dtype == torch.float64 or left_RM.numel() == 0 or not _runs_here(left_RM, right_RN):
+        left_RM, right_RN = rows_at(left_RM, left_at), rows_at(right_RN, right_at)
+        if left_RM.dtype == torch.float64 or left_RM.numel() == 0:
+            return multiply_outer_ref(left_RM, right_RN, offsets_E, scale)
         out_EMN = torch._grouped_mm(left_RM.t(), right_RN, offs=offsets_E)
         return out_EMN if scale == 1.0 else out_EMN.mul_(scale)
     experts, height, width = offsets_E.numel(), left_RM.shape[1], right_RN.shape[1]
@@ -82,6 +114,8 @@ def multiply_outer(
         _ragged(right_RN, OUTER_TILE_R, OUTER_TILE),
         _descriptor(out_EMN, (1, OUTER_TILE, OUTER_TILE)),
         offsets_E,
+        left_at,
+        right_at,
         height,
         width,
         scale,
@@ -184,6 +218,16 @@ _grouped_mm_op.register_autograd(_grouped_mm_backward, setup_context=_grouped_mm
 
 
 @jit
+def _shift(at):  # type: ignore[no-untyped-def]
+    """Rows that a tensor's own are further on, in the type of a descriptor's coordinates."""
+    if at is None:  # noqa: SIM108 - decided at compile time
+        rows = 0
+    else:
+        rows = tl.load(at).to(tl.int32)
+    return rows
+
+
+@jit
 def _load(desc, begin, count, row, column, ROWS: tl.constexpr, COLUMNS: tl.constexpr):  # type: ignore[no-untyped-def]
     """Tile of the rows [begin, begin + count), zero past them."""
     return desc.load([1073741824, begin + count, 1073741824 - count + row, column]).reshape(ROWS, COLUMNS)
@@ -250,6 +294,7 @@ def _one_product(  # type: ignore[no-untyped-def]
     out,
     expert,
     begin,
+    out_begin,
     count,
     row,
     n,
@@ -263,7 +308,7 @@ def _one_product(  # type: ignore[no-untyped-def]
     for k in range(0, inner, TILE_K):
         x_TK = _load(rows, begin, count, row, k, TOKENS, TILE_K)
         acc_NT = tl.dot(_load_weight(weight, expert, n, k, BY_INPUT, TILE_N, TILE_K), x_TK.T, acc_NT)
-    _store(out, begin, count, row, n, acc_NT.to(out.dtype).T, TOKENS, TILE_N)
+    _store(out, out_begin, count, row, n, acc_NT.to(out.dtype).T, TOKENS, TILE_N)
 
 
 @jit
@@ -275,6 +320,7 @@ def _two_products(  # type: ignore[no-untyped-def]
     more_out,
     expert,
     begin,
+    out_begin,
     count,
     row,
     n,
@@ -294,8 +340,8 @@ def _two_products(  # type: ignore[no-untyped-def]
         w_NK = _load_weight(weight, expert, n, k, BY_INPUT, TILE_N, TILE_K)
         acc_NT = tl.dot(w_NK, x_TK.T, acc_NT)
         more_acc_NT = tl.dot(w_NK, more_x_TK.T, more_acc_NT)
-    _store(out, begin, count, row, n, acc_NT.to(out.dtype).T, TOKENS, TILE_N)
-    _store(more_out, begin, count, row + TOKENS, n, more_acc_NT.to(out.dtype).T, MORE, TILE_N)
+    _store(out, out_begin, count, row, n, acc_NT.to(out.dtype).T, TOKENS, TILE_N)
+    _store(more_out, out_begin, count, row + TOKENS, n, more_acc_NT.to(out.dtype).T, MORE, TILE_N)
 
 
 @jit
@@ -308,6 +354,8 @@ def _rows_by_weights(  # type: ignore[no-untyped-def]
     few_out,
     more_out,
     offsets_E,
+    at,
+    out_at,
     experts,
     width,
     inner,
@@ -327,8 +375,12 @@ def _rows_by_weights(  # type: ignore[no-untyped-def]
     if idle:
         return
     left = count - row
+    out_begin = begin + _shift(out_at)
+    begin += _shift(at)
     if left <= FEW:
-        _one_product(few_rows, weight, few_out, expert, begin, count, row, n, inner, BY_INPUT, FEW, TILE_N, TILE_K)
+        _one_product(
+            few_rows, weight, few_out, expert, begin, out_begin, count, row, n, inner, BY_INPUT, FEW, TILE_N, TILE_K
+        )
     elif left > TOKENS and left <= TOKENS + MORE:
         _two_products(
             rows,
@@ -338,6 +390,7 @@ def _rows_by_weights(  # type: ignore[no-untyped-def]
             more_out,
             expert,
             begin,
+            out_begin,
             count,
             row,
             n,
@@ -349,7 +402,9 @@ def _rows_by_weights(  # type: ignore[no-untyped-def]
             TILE_K,
         )
     else:
-        _one_product(rows, weight, out, expert, begin, count, row, n, inner, BY_INPUT, TOKENS, TILE_N, TILE_K)
+        _one_product(
+            rows, weight, out, expert, begin, out_begin, count, row, n, inner, BY_INPUT, TOKENS, TILE_N, TILE_K
+        )
 
 
 @jit
@@ -358,6 +413,8 @@ def _outer_by_experts(  # type: ignore[no-untyped-def]
     right,
     out,
     offsets_E,
+    left_at,
+    right_at,
     height,
     width,
     scale,
@@ -377,9 +434,10 @@ def _outer_by_experts(  # type: ignore[no-untyped-def]
     n = (tile // size) * TILE
     begin = tl.load(offsets_E + expert - 1, mask=expert > 0, other=0)
     count = tl.load(offsets_E + expert) - begin
+    left_begin, right_begin = begin + _shift(left_at), begin + _shift(right_at)
     acc_MN = tl.zeros((TILE, TILE), tl.float32)
     for r in range(0, count, TILE_R):
-        left_RM = _load(left, begin, count, r, m, TILE_R, TILE)
-        right_RN = _load(right, begin, count, r, n, TILE_R, TILE)
+        left_RM = _load(left, left_begin, count, r, m, TILE_R, TILE)
+        right_RN = _load(right, right_begin, count, r, n, TILE_R, TILE)
         acc_MN = tl.dot(left_RM.T, right_RN, acc_MN)
     out.store([expert, m, n], (acc_MN * scale).to(out.dtype).reshape(1, TILE, TILE))

@@ -10,6 +10,7 @@ import torch
 
 from moetrain.kernels._triton import cdiv, jit, next_power_of_2, runs_triton, tl
 from moetrain.kernels.routing import Routing
+from moetrain.kernels.row_stack import Place, rows_at
 
 SCATTER_BLOCK, SUM_BLOCK = 2048, 1024
 """Columns of a program: the fastest of 512 to 4096 on an H200, at 3.6 and 4.1 TB/s."""
@@ -64,14 +65,28 @@ def unpermute_reduce_ref(
 
 
 def permute_rows(
-    x_TH: torch.Tensor, weights_TK: torch.Tensor | None, row_TK: torch.Tensor, num_rows: int
+    x_TH: torch.Tensor,
+    weights_TK: torch.Tensor | None,
+    row_TK: torch.Tensor,
+    num_rows: int,
+    place: Place | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`permute` without autograd, from `Routing.row_TK` alone."""
-    if not runs_triton(x_TH) or num_rows == 0 or x_TH.numel() == 0:
-        return permute_ref(x_TH, weights_TK, row_TK, num_rows)
-    x_TH = x_TH.contiguous()
+    """`permute` without autograd, from `Routing.row_TK` alone.
+
+    Args:
+        place: where the rows go (not the weights): they begin `place.at` rows after the result. None makes room.
+    """
     tokens, hidden = x_TH.shape
-    rows_RH = x_TH.new_empty(num_rows, hidden)
+    at = None if place is None else place.at
+    if not runs_triton(x_TH) or num_rows == 0 or x_TH.numel() == 0:
+        rows_RH, weights_R = permute_ref(x_TH, weights_TK, row_TK, num_rows)
+        if place is None:
+            return rows_RH, weights_R
+        placed_RH = place.rows("rows", num_rows, hidden, x_TH.dtype)
+        rows_at(placed_RH, at).copy_(rows_RH)
+        return placed_RH, weights_R
+    x_TH = x_TH.contiguous()
+    rows_RH = x_TH.new_empty(num_rows, hidden) if place is None else place.rows("rows", num_rows, hidden, x_TH.dtype)
     weights_R = x_TH.new_empty(num_rows if weights_TK is not None else 0, dtype=torch.float32)
     block = min(next_power_of_2(hidden), SCATTER_BLOCK)
     _scatter_tokens[(tokens, cdiv(hidden, block))](
@@ -79,6 +94,7 @@ def permute_rows(
         None if weights_TK is None else weights_TK.contiguous(),
         row_TK.contiguous(),
         rows_RH,
+        at,
         weights_R,
         hidden,
         TOP_K=row_TK.shape[1],
@@ -115,7 +131,13 @@ def sum_rows(
     return out_TH, weights_TK
 
 
-_permute_op = torch.library.custom_op("moetrain::permute", permute_rows, mutates_args=())
+@torch.library.custom_op("moetrain::permute", mutates_args=())
+def _permute_op(
+    x_TH: torch.Tensor, weights_TK: torch.Tensor | None, row_TK: torch.Tensor, num_rows: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return permute_rows(x_TH, weights_TK, row_TK, num_rows)
+
+
 _unpermute_reduce_op = torch.library.custom_op("moetrain::unpermute_reduce", sum_rows, mutates_args=())
 
 
@@ -170,6 +192,7 @@ def _scatter_tokens(  # type: ignore[no-untyped-def]
     weights_TK,
     row_TK,
     rows_RH,
+    at,
     weights_R,
     hidden,
     TOP_K: tl.constexpr,
@@ -183,6 +206,8 @@ def _scatter_tokens(  # type: ignore[no-untyped-def]
         return
     h = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     x_H = tl.load(x_TH + token * hidden + h, mask=h < hidden)
+    if at is not None:
+        rows_RH += tl.load(at) * hidden
     for k in tl.static_range(TOP_K):
         row = tl.load(row_TK + token * TOP_K + k).to(tl.int64)
         tl.store(rows_RH + row * hidden + h, x_H, mask=(h < hidden) & (row >= 0))

@@ -14,6 +14,7 @@ from moetrain.kernels.activation import Activation
 from moetrain.kernels.bias import add_row_bias_, expert_sum, row_bias_backward
 from moetrain.kernels.gated import gated_activation, gated_activation_backward
 from moetrain.kernels.grouped import multiply_outer, multiply_rows
+from moetrain.kernels.row_stack import Place
 
 GRADIENTS = "_moetrain_gradients"
 """Attribute of an experts module: `gradient_scale` and `deferrable` of its `ExpertWeights`."""
@@ -56,11 +57,24 @@ def forward_rows(
     offsets_E: torch.Tensor,
     weights: ExpertWeights,
     activation: Activation,
+    place: Place | None = None,
+    outputs: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows of the result [R, H], and the up projection [R, G] without its bias, which the backward needs."""
+    """Rows of the result [R, H], and the up projection [R, G] without its bias, which the backward needs.
+
+    Args:
+        place: where the rows lie and the up projection goes, `place.at` rows after either tensor.
+        outputs: False leaves the result unwritten: only a backward will follow.
+    """
     up, down, up_bias, down_bias, transposed = weights[:5]
-    up_RG = multiply_rows(rows_RH, up if transposed else up.transpose(1, 2), offsets_E)
-    act_RI = gated_activation(up_RG, weights_R, offsets_E, up_bias, activation)
+    up = up if transposed else up.transpose(1, 2)
+    at = kept_RG = None
+    if place is not None:
+        at, kept_RG = place.at, place.rows("up", rows_RH.shape[0], up.shape[2], rows_RH.dtype)
+    up_RG = multiply_rows(rows_RH, up, offsets_E, at=at, out_RN=kept_RG, out_at=at)
+    if not outputs:
+        return torch.empty_like(rows_RH), up_RG
+    act_RI = gated_activation(up_RG, weights_R, offsets_E, up_bias, activation, at)
     out_RH = multiply_rows(act_RI, down if transposed else down.transpose(1, 2), offsets_E)
     if down_bias is not None:
         add_row_bias_(out_RH, weights_R, offsets_E, down_bias)
@@ -88,12 +102,17 @@ def backward_rows(
     weights: ExpertWeights,
     activation: Activation,
     needs_rows: bool = True,
+    at: torch.Tensor | None = None,
 ) -> RowGradients:
-    """The backward of `forward_rows` up to its rows; the parameters' follows in `backward_parameters`."""
+    """The backward of `forward_rows` up to its rows; the parameters' follows in `backward_parameters`.
+
+    Args:
+        at: rows that the up projection is further on in memory.
+    """
     up, down, up_bias, down_bias, transposed = weights[:5]
     grad_act_RI = multiply_rows(grad_RH, down.transpose(1, 2) if transposed else down, offsets_E)
     grad_up_RG, grad_weights_R, act_RI = gated_activation_backward(
-        grad_act_RI, up_RG, weights_R, offsets_E, up_bias, activation
+        grad_act_RI, up_RG, weights_R, offsets_E, up_bias, activation, at
     )
     if down_bias is not None:
         grad_weights_R += row_bias_backward(grad_RH, offsets_E, down_bias)
@@ -110,16 +129,23 @@ def backward_parameters(
     grad_RH: torch.Tensor,
     gradients: RowGradients,
     weights: ExpertWeights,
+    at: torch.Tensor | None = None,
 ) -> list[torch.Tensor | None]:
-    """Gradients of up, down, up_bias and down_bias (None without biases)."""
-    up_pair, down_pair = (gradients.up_RG, rows_RH), (grad_RH, gradients.act_RI)
-    if weights.transposed:
-        up_pair, down_pair = up_pair[::-1], down_pair[::-1]
-    up_bias = down_bias = None
+    """Gradients of up, down, up_bias and down_bias (None without biases).
+
+    Args:
+        at: rows that `rows_RH` are further on in memory.
+    """
     scale = weights.gradient_scale
+    if weights.transposed:
+        up = multiply_outer(rows_RH, gradients.up_RG, offsets_E, scale, left_at=at)
+        down = multiply_outer(gradients.act_RI, grad_RH, offsets_E, scale)
+    else:
+        up = multiply_outer(gradients.up_RG, rows_RH, offsets_E, scale, right_at=at)
+        down = multiply_outer(grad_RH, gradients.act_RI, offsets_E, scale)
+    up_bias = down_bias = None
     if weights.up_bias is not None:
         up_bias = expert_sum(gradients.up_RG, None, offsets_E) * scale
     if weights.down_bias is not None:
         down_bias = expert_sum(grad_RH, weights_R, offsets_E) * scale
-    up, down = (multiply_outer(*pair, offsets_E, scale) for pair in (up_pair, down_pair))
     return [up, down, up_bias, down_bias]

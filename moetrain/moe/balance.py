@@ -33,6 +33,8 @@ class LayerLoad:
     """The experts module."""
     max_over_mean: float
     """Busiest expert over the mean; 1 is perfect."""
+    min_over_mean: float
+    """Least busy expert over the mean."""
     idle_experts: int
     """Experts without a token."""
     entropy: float
@@ -63,7 +65,8 @@ class LoadStats:
         self.counts_LE = torch.zeros(len(names), max(experts, default=0), device=device)
         """Since the last `read`, this rank. fp32 counts exactly to 2**24."""
         self.load_LE: Tensor | None = None
-        """Of the window that `read` closed, all ranks, until a `BiasUpdate` takes it."""
+        """Of the window that was closed last, all ranks, until a `BiasUpdate` takes it."""
+        self._experts_L1 = torch.tensor(experts, dtype=torch.float64, device=device).unsqueeze(1)
         self._counting = True
 
     @classmethod
@@ -94,13 +97,13 @@ class LoadStats:
         """
         if not self.names:
             return Load(None, None, None, [])
-        self.load_LE = self.counts_LE.clone()
-        self.counts_LE.zero_()
+        counts_LE = self.take()
         if dist.is_initialized():
-            dist.all_reduce(self.load_LE, group=group)
+            dist.all_reduce(counts_LE, group=group)
+        rows = self.close(counts_LE).tolist()
         layers = [
-            _layer_load(name, load_E[:experts])
-            for name, load_E, experts in zip(self.names, self.load_LE.cpu().double(), self.experts, strict=True)
+            LayerLoad(name, most, least, int(idle), entropy)
+            for name, (most, least, idle, entropy) in zip(self.names, rows, strict=True)
         ]
         return Load(
             max(layer.max_over_mean for layer in layers),
@@ -108,6 +111,31 @@ class LoadStats:
             min(layer.entropy for layer in layers),
             layers,
         )
+
+    def take(self) -> Tensor:
+        """Tokens of this rank since the last call, [L, E]; counting begins anew. For those who sum it over the ranks
+        with other numbers, and then `close` the window."""
+        counts_LE = self.counts_LE.clone()
+        self.counts_LE.zero_()
+        return counts_LE
+
+    def close(self, load_LE: Tensor) -> Tensor:
+        """The balance of a window, on the device: [L, 4], fp64, the columns of `LayerLoad`.
+
+        Args:
+            load_LE: of all ranks; a `BiasUpdate` takes it from here.
+        """
+        self.load_LE = load_LE.float()
+        load_LE = load_LE.double()
+        exists_LE = torch.arange(load_LE.shape[1], device=load_LE.device) < self._experts_L1
+        share_LE = load_LE / load_LE.sum(1, keepdim=True).clamp(min=1.0)
+        columns = (
+            share_LE.amax(1, keepdim=True) * self._experts_L1,
+            share_LE.masked_fill(~exists_LE, math.inf).amin(1, keepdim=True) * self._experts_L1,
+            ((load_LE == 0) & exists_LE).sum(1, keepdim=True),
+            -torch.xlogy(share_LE, share_LE).sum(1, keepdim=True) / self._experts_L1.clamp(min=2).log(),
+        )
+        return torch.cat(columns, dim=1)
 
     def discard(self) -> None:
         """Forget what was counted since the last `read`."""
@@ -210,12 +238,6 @@ def set_aux_loss(model: PreTrainedModel, coef: float | None, grad_accum: int = 1
     if own_attribute:
         model.router_aux_loss_coef = coef / grad_accum  # type: ignore[assignment]
     return f"auxiliary loss: coefficient {coef:g}" + (f" over {grad_accum} passes" if grad_accum > 1 else "")
-
-
-def _layer_load(name: str, load_E: Tensor) -> LayerLoad:
-    share_E = load_E / load_E.sum().clamp(min=1.0)
-    entropy = -torch.xlogy(share_E, share_E).sum().item() / math.log(max(len(load_E), 2))
-    return LayerLoad(name, share_E.max().item() * len(load_E), int((load_E == 0).sum()), entropy)
 
 
 def _correction_biases(block: nn.Module) -> list[tuple[nn.Module, str]]:

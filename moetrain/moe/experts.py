@@ -16,6 +16,7 @@ from torch import Tensor
 from moetrain.backends.peft import adapted, is_adapted
 from moetrain.kernels import (
     ExpertWeights,
+    Place,
     expert_rows,
     expert_weights,
     experts_forward,
@@ -26,29 +27,42 @@ from moetrain.kernels import (
 _ACTIVATION = "_moetrain_activation"
 
 
-def run_experts(experts: Any, rows_RH: Tensor, offsets_e: Tensor, weights_R: Tensor) -> Tensor:
+def run_experts(
+    experts: Any,
+    rows_RH: Tensor,
+    offsets_e: Tensor,
+    weights_R: Tensor,
+    place: Place | None = None,
+    outputs: bool = True,
+) -> Tensor:
     """Weighted output of each row's expert, [R, H] in the type of the rows; rows past `offsets_e[-1]` are undefined.
 
     Args:
         experts: an experts module with this rank's experts as plain tensors.
         offsets_e: int32 ends of the experts' rows.
         weights_R: routing weights.
+        place: where the rows lie, as in `Dispatched`.
+        outputs: False may leave the result unwritten: only its backward matters.
     """
     if experts.has_post_expert_norm or _implementation(experts) == "eager":
         return looped_experts(experts, rows_RH, offsets_e, weights_R)
     weights = weights_of(experts)
     # autocast hands over rows in another type than the weights
-    out = expert_rows(rows_RH.to(weights.up.dtype), offsets_e, weights_R, weights, gate_of(experts))
+    assert place is None or rows_RH.dtype == weights.up.dtype
+    out = expert_rows(rows_RH.to(weights.up.dtype), offsets_e, weights_R, weights, gate_of(experts), place, outputs)
     return out.to(rows_RH.dtype)
 
 
-def run_all_experts(experts: Any, tokens_TH: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor) -> Tensor | None:
+def run_all_experts(
+    experts: Any, tokens_TH: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor, outputs: bool = True
+) -> Tensor | None:
     """Weighted sum over each token's experts, all of them on this rank, in one operator that keeps no copy of the
     tokens for the backward; None where the module needs the steps one by one."""
     if experts.has_post_expert_norm or _implementation(experts) == "eager":
         return None
     weights = weights_of(experts)
-    out = experts_forward(tokens_TH.to(weights.up.dtype), expert_ids_TK, weights_TK, weights, gate_of(experts))
+    rows_TH = tokens_TH.to(weights.up.dtype)
+    out = experts_forward(rows_TH, expert_ids_TK, weights_TK, weights, gate_of(experts), outputs)
     return out.to(tokens_TH.dtype)
 
 

@@ -14,9 +14,10 @@ from transformers.distributed.expert_parallel import EPImplementation, EPImpleme
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from moetrain.backends.peft import support_sharded_experts
-from moetrain.moe.dispatch import DISPATCHERS, Dispatcher, build_dispatcher
+from moetrain.moe.dispatch import DISPATCHERS, Dispatcher, RankedDispatcher, build_dispatcher
 from moetrain.moe.dispatch.local import LocalDispatcher
 from moetrain.moe.experts import run_all_experts, run_experts
+from moetrain.tape import keep, replaying
 
 NAME = "moetrain"
 """Name in both of Transformers' registries."""
@@ -27,16 +28,20 @@ def moe_forward(
 ) -> Tensor:
     """Weighted sum of the chosen experts' outputs for each token: [T, H] in the type of the tokens."""
     dispatched = dispatcher.dispatch(tokens_TH, expert_ids_TK, weights_TK)
-    rows_RH = run_experts(experts, dispatched.rows_RH, dispatched.offsets_e, dispatched.weights_R)
+    # what ranks combine is kept, and the rows it was made of are not read again
+    outputs = not (replaying() and isinstance(dispatcher, RankedDispatcher))
+    rows_RH = run_experts(
+        experts, dispatched.rows_RH, dispatched.offsets_e, dispatched.weights_R, dispatched.place, outputs
+    )
     return dispatcher.combine(rows_RH, dispatched)
 
 
 def local_experts_forward(experts: Any, tokens_TH: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
     """Experts function for models whose experts are all on this rank."""
-    out = run_all_experts(experts, tokens_TH, expert_ids_TK, weights_TK)
+    out = run_all_experts(experts, tokens_TH, expert_ids_TK, weights_TK, outputs=not replaying())
     if out is None:
-        out = moe_forward(experts, LocalDispatcher(experts.num_experts), tokens_TH, expert_ids_TK, weights_TK)
-    return out
+        return moe_forward(experts, LocalDispatcher(experts.num_experts), tokens_TH, expert_ids_TK, weights_TK)
+    return keep(out)
 
 
 class MoetrainEP(EPImplementation):

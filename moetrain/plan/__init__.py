@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
     from moetrain.config import RunConfig
     from moetrain.plan.search import Plan
 
-__all__ = ["plan_run"]
+__all__ = ["expected_tokens_per_second", "plan_run"]
 
 
 def plan_run(config: RunConfig, nodes: int, gpus_per_node: int, gpu: str) -> Plan:
@@ -27,3 +29,12 @@ def plan_run(config: RunConfig, nodes: int, gpus_per_node: int, gpu: str) -> Pla
         parallel.ep_size, parallel.dp_replicate_size, config.data.batch_size, config.model.activation_checkpointing
     )
     return make_plan(config, Machine(nodes, gpus_per_node, gpu), own)
+
+
+def expected_tokens_per_second(
+    config: RunConfig, model_config: PreTrainedConfig, gpu: str, world_size: int
+) -> float | None:
+    """Tokens a second of one GPU that a plan expects of a run, or None; see `moetrain.plan.expected`."""
+    from moetrain.plan import expected  # not before it is needed: it brings torch
+
+    return expected.expected_tokens_per_second(config, model_config, gpu, world_size)

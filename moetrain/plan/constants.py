@@ -20,20 +20,19 @@ FRAGMENTATION = 0.10
 nothing makes torch give back the blocks that it keeps for reuse."""
 OUTSIDE_ALLOCATOR = int(2.5 * GIB)
 """CUDA's context, libraries' workspaces and NCCL's buffers. An allowance, not a measurement."""
-NVLINK_RANKS = 8
-"""Ranks that a trace of the `nvlink` dispatcher has, a node's. Their number changes its tables alone, 1 MB a layer."""
-CAPACITY = 1.25
-"""Rows that a dispatcher of static shape lays out, over tokens * top_k. `moetrain.graph` takes 1.15 of the fullest call
-of any rank (`MARGIN`), here of 1.09 times the mean. Routers of random weights are worse, see `RANDOM_WEIGHTS`."""
-RANDOM_WEIGHTS = 1.51
-"""Rows of the fullest rank of a layer over the mean where a learned gate has random weights: 1.43 to 1.51 (8 H200,
-Qwen3-30B-A3B)."""
+LOAD = {"learned": 1.25, "random": 1.02, "sequential": 1.0}
+"""Rows of the fullest rank of a layer over the mean, by `balance.gate`. `learned` is an assumption for trained routers,
+between `random` and random weights (`RANDOM_WEIGHTS`). A dispatcher of static shape lays out `moetrain.graph.MARGIN`
+times as many."""
+ALL_LAYERS = 1.1
+"""The same at most for the rows of all layers together, which `alltoall` keeps: those of a rank stay within 10 % of the
+mean (4 H200, docs/perf-notes.md, section 6)."""
+RANDOM_WEIGHTS = 1.33
+"""`LOAD` where a learned gate has random weights, the fullest of 8 passes, mean over layers: 1.66 times the mean were
+laid out with a margin of 1.25 (Qwen3-30B-A3B, 4 H200, batch 1, docs/perf-notes.md, section 6)."""
 
 # --- time -------------------------------------------------------------------------------------------------------------
 
-SUSTAINED = 0.9
-"""A step's products over the same in bursts of 10 to 20 ms: the GPU is at its power limit (docs/perf-notes.md,
-section 1: 5 to 15 %)."""
 DENSE = 660 / 989
 """qkv 647, o_proj 680 TFLOP/s (4,096 tokens, H200)."""
 HEAD = 725 / 989
@@ -51,11 +50,19 @@ FP32_TFLOPS = 67.0
 """CUDA cores of Hopper (datasheet); torch keeps fp32 products off the tensor cores."""
 PASSES = 0.76
 """Of the datasheet's memory rate: the expert layer's passes run at 79 to 96 % of a copy, which reaches 89 %."""
+UPDATE = 3310 / 4800
+"""AdamW and the gradients' norm, 7.6 B parameters of 16 bytes in 36.9 ms, waiting for the norm included (4 H200,
+docs/measured.md)."""
+GAP_SECONDS = 6.2e-3 / 1789
+"""What the GPU is idle in a captured step for each kernel that a trace counts: 259.3 of 265.5 ms were busy (4 H200,
+Qwen3-30B-A3B, docs/measured.md)."""
 LAUNCH_SECONDS = 10.8e-6
 """One operator issued by the host (H200's host, eager)."""
 
 ALL_TO_ALL = 289 / 450
 """NCCL's all_to_all_single, 32,768 rows of 4 KB, of NVLink's rate in one direction (8 H200)."""
+DEEP_EP = 337 / 450
+"""DeepEP's kernels in a node, as its users report for GPUs with Hopper's NVLink (H20, its issue 16). Not measured."""
 NVLINK_PUSH = 320 / 450
 """`push tokens` and `push sums` (docs/measured.md)."""
 COLLECTIVES = 330 / 450

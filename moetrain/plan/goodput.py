@@ -7,7 +7,8 @@ from math import exp, expm1, sqrt
 from typing import NamedTuple
 
 from moetrain.plan import constants
-from moetrain.plan.memory import Layout, Unit
+from moetrain.plan.layout import Layout
+from moetrain.plan.memory import Unit
 
 WEEK_HOURS = 7 * 24
 

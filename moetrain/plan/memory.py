@@ -7,7 +7,8 @@ FSDP2 gathers, keeps and reduces while modules are entered and left. The sum ove
     forward     a unit's weights, and the flat buffer they were gathered into until the next unit's are there
     backward    a unit's weights, the next unit's buffer, its own whole gradients, the flat buffer that the unit
                 before is reduced from; then only the shard of its gradient stays
-    one rank    a unit that one rank holds alone is used in place
+    one rank    a unit that one rank holds alone is used in place; in a captured step the gradients of such experts are
+                computed beside the next layer, and what they are computed from stays until then
 """
 
 from __future__ import annotations
@@ -27,33 +28,12 @@ from moetrain.families import experts_modules
 from moetrain.fsdp import KEPT_SHARE
 from moetrain.optim import build_optimizer
 from moetrain.plan.constants import FRAGMENTATION, FRAGMENTATION_CAPTURED, OUTSIDE_ALLOCATOR
+from moetrain.plan.exchange import buffer_bytes
+from moetrain.plan.layout import Layout
 from moetrain.plan.trace import Event, StepTrace, sharded_modules
 
 HELD = ("weights", "gradients", "optimizer", "gathered")
 """Kinds of memory that follow from the layout; `moetrain.plan.trace.KINDS` are the others."""
-
-
-class Layout(NamedTuple):
-    """How the ranks of a run share a model."""
-
-    nodes: int
-    gpus_per_node: int
-    ep: int = 1
-    replicas: int = 1
-
-    @property
-    def world(self) -> int:
-        return self.nodes * self.gpus_per_node
-
-    @property
-    def fsdp(self) -> int:
-        """Ranks that dense weights are sharded over."""
-        return self.world // self.replicas
-
-    @property
-    def efsdp(self) -> int:
-        """Ranks that hold the same experts, sharded over one another."""
-        return self.fsdp // self.ep
 
 
 class Parameter(NamedTuple):
@@ -169,15 +149,17 @@ def memory_of(
         keep: `parallel.keep_gathered` of the run.
         captured: forward and backward are one CUDA graph.
     """
-    held = _Held(units, layout, gpu_bytes, passes, keep)
+    beside = captured and layout.ep > 1 and layout.efsdp == 1
+    held = _Held(units, layout, gpu_bytes, passes, keep, trace.aside if beside else 0)
     best: dict[str, int] = {}
     moment = ""
     for event in trace.events:
         for live in held.through(event):
             kinds = held.kinds() | live
+            kinds["workspace"] += held.aside
             if sum(kinds.values()) > sum(best.values()):
                 best, moment = kinds, f"{'backward' if event.backward else 'forward'} of {event.name or 'the model'}"
-    return Memory(best, exchange_bytes(trace, layout), moment, captured)
+    return Memory(best, buffer_bytes(trace.experts, layout, trace.step.dispatch), moment, captured)
 
 
 def keeps_gathered(units: Sequence[Unit], layout: Layout, gpu_bytes: float, keep: str) -> bool:
@@ -186,19 +168,12 @@ def keeps_gathered(units: Sequence[Unit], layout: Layout, gpu_bytes: float, keep
     return keep == "always" or (keep == "auto" and gathered <= KEPT_SHARE * gpu_bytes)
 
 
-def exchange_bytes(trace: StepTrace, layout: Layout) -> int:
-    """Buffers of `moetrain.kernels.exchange.NvlinkExchange`, one for all layers of a shape: tokens sent and sums
-    returned, choices, weights and their gradients, of every rank."""
-    if trace.step.dispatch != "nvlink":
-        return 0
-    shapes = {(layer.tokens, layer.hidden, layer.top_k, layer.token_bytes) for layer in trace.experts}
-    return sum(layout.ep * tokens * (2 * hidden * size + 3 * 4 * top_k) for tokens, hidden, top_k, size in shapes)
-
-
 class _Held:
     """What a rank holds of parameters and gradients, event after event."""
 
-    def __init__(self, units: Sequence[Unit], layout: Layout, gpu_bytes: float, passes: int, keep: str) -> None:
+    def __init__(
+        self, units: Sequence[Unit], layout: Layout, gpu_bytes: float, passes: int, keep: str, aside: int
+    ) -> None:
         if layout.ep == 1:
             units = _with_their_layers(units)
         self.layout = layout
@@ -209,6 +184,8 @@ class _Held:
         self.weights = sum(size * parameter.itemsize for parameter, size in shards)
         self.states = round(sum(size * parameter.state_bytes for parameter, size in shards))
         self.accumulates = passes > 1
+        self.aside, self.aside_of_a_layer = 0, aside
+        """What the gradients of experts' weights are computed from, beside the layer that runs."""
         self.gradients = sum(size * p.itemsize for p, size in shards if p.trained) if self.accumulates else 0
         self.gathered: dict[str, int] = {}
         self.buffer = self.reduced = 0
@@ -268,6 +245,8 @@ class _Held:
         if self.awaited[unit.name]:
             return
         self.gathered.pop(unit.name, None)
+        if unit.in_experts:
+            self.aside = self.aside_of_a_layer
         if not self._is_in_place(unit):
             self.reduced = unit.whole(self.layout)
             yield event.now

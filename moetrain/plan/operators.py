@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_iter
-from torch.utils.flop_counter import flop_registry
+
+from moetrain.tape import replaying
 
 PARTS = ("cudnn attention", "attention", "dense", "experts", "head", "recurrent", "fp32", "passes")
 """cuDNN's attention, and flash or memory-efficient attention; products of dense layers; of experts; of the head; scans
@@ -47,6 +48,9 @@ class Cost(NamedTuple):
     """By part; empty for a view or an allocation."""
     scratch: int = 0
     """Bytes that it uses and gives back."""
+    aside: int = 0
+    """Bytes that it keeps until the next one of its kind, where gradients of weights are computed on a second stream
+    (`moetrain.kernels.aside`)."""
 
 
 def cost_of(func: Any, args: Any, kwargs: Any, out: Any, in_head: bool) -> Cost:
@@ -58,7 +62,7 @@ def cost_of(func: Any, args: Any, kwargs: Any, out: Any, in_head: bool) -> Cost:
         return Cost({})
     if "scaled_dot_product" in name:
         # half of the scores are masked, and kernels skip them
-        flops = flop_registry[packet](*args, **kwargs, out_val=out) / 2
+        flops = _torch_attention_flops(name, args) / 2
         part = "cudnn attention" if "cudnn" in name else "attention"
         return Cost({part: Work(flops, 0, 1)}, _torch_attention_scratch(name, args))
     if name in _PRODUCTS:
@@ -69,9 +73,20 @@ def cost_of(func: Any, args: Any, kwargs: Any, out: Any, in_head: bool) -> Cost:
 
 
 def _attend(
-    q: Tensor, k: Tensor, v: Tensor, sinks: Any, cu_seqlens: Any, scale: float, window: int | None, backend: str
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sinks: Any,
+    cu_seqlens: Any,
+    scale: float,
+    window: int | None,
+    backend: str,
+    keep: bool = False,
 ) -> Cost:
-    """`moetrain::attention`: half of the scores are masked, with a window more."""
+    """`moetrain::attention`: half of the scores are masked, with a window more. Nothing in a recomputation that takes
+    what the forward has kept."""
+    if keep and replaying():
+        return Cost({})
     rows, length, heads, size = q.shape
     seen = min(window or length, length)
     keys = seen - seen**2 / (2 * length)
@@ -117,6 +132,15 @@ def nbytes(value: Any) -> int:
     return min(value.numel() * value.itemsize, value.untyped_storage().nbytes())
 
 
+def _torch_attention_flops(name: str, args: Any) -> int:
+    """Of all scores. Torch's own count (`flop_registry`) of 2.11 refuses fewer key heads than query heads."""
+    backward = "_backward" in name
+    query, key, value = args[1:4] if backward else args[:3]
+    size, value_size = query.shape[-1], value.shape[-1]
+    columns = 3 * size + 2 * value_size if backward else size + value_size
+    return 2 * query.shape[:-1].numel() * key.shape[2] * columns
+
+
 def _torch_attention_scratch(name: str, args: Any) -> int:
     if not name.endswith("_backward"):
         return 0
@@ -134,10 +158,14 @@ def _experts(
     up_bias: Tensor | None,
     down_bias: Tensor | None,
     transposed: bool,
-    *_: Any,
+    *rest: Any,
 ) -> Cost:
-    """`moetrain::experts`: rows gathered, two products, the activation between them, rows summed."""
+    """`moetrain::experts`: rows gathered, two products, the activation between them, rows summed; where only the
+    backward matters, up to the first product."""
     rows, (hidden, inner, width) = row_TK.numel(), _widths(up, down, transposed)
+    if not rest[-1]:
+        moved = x_TH.itemsize * (rows * hidden + x_TH.numel())
+        return Cost({"experts": Work(2 * rows * hidden * width, moved, 3)}, x_TH.itemsize * rows * hidden)
     numbers = rows * (2 * hidden + inner + width) + 2 * x_TH.numel()
     flops = 2 * rows * hidden * (width + inner)
     work = Work(flops, x_TH.itemsize * numbers, 6)
@@ -153,8 +181,10 @@ def _experts_backward(grad_TH: Tensor, up_RG: Tensor, x_TH: Tensor, *args: Any) 
 
 
 def _rows(rows_RH: Tensor, weights_R: Tensor, offsets_E: Tensor, up: Tensor, down: Tensor, *args: Any) -> Cost:
-    """`moetrain::expert_rows`: two products and the activation between them."""
+    """`moetrain::expert_rows`: two products and the activation between them, or the first of them."""
     rows, (hidden, inner, width) = len(rows_RH), _widths(up, down, args[2])
+    if not args[-1]:
+        return Cost({"experts": Work(2 * rows * hidden * width, 0, 1)})
     flops = 2 * rows * hidden * (width + inner)
     size = rows_RH.itemsize * rows
     return Cost({"experts": Work(flops, size * (width + inner), 3)}, size * inner)
@@ -165,7 +195,8 @@ def _rows_backward(grad_RH: Tensor, up_RG: Tensor, rows_RH: Tensor, weights_R: T
     (rows, width), (hidden, inner, _) = up_RG.shape, _widths(up, down, transposed)
     size = rows_RH.itemsize * rows
     work = Work(4 * rows * hidden * (width + inner), size * 2 * (width + inner), 5)
-    return Cost({"experts": work}, size * (2 * inner + width))
+    # rows, their gradients on both sides, the up projection's and the activation
+    return Cost({"experts": work}, size * (2 * inner + width), size * (3 * hidden + width + inner))
 
 
 def _widths(up: Tensor, down: Tensor, transposed: bool) -> tuple[int, int, int]:
@@ -213,5 +244,5 @@ _PRODUCTS = {"aten::mm": 0, "aten::bmm": 0, "aten::addmm": 1, "aten::baddbmm": 1
 
 _FREE = {
     f"aten::{name}"
-    for name in ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view")
+    for name in ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view", "set_")
 }

@@ -13,14 +13,17 @@ from transformers import PreTrainedModel
 
 from moetrain import families, mesh
 from moetrain.config import RunConfig
+from moetrain.graph import MARGIN, STACK_MARGIN
 from moetrain.plan import constants
 from moetrain.plan.constants import GPUS, Gpu
+from moetrain.plan.exchange import CAPTURED, OF_ALL_RANKS, STACKED, STATIC, Balance
 from moetrain.plan.goodput import Goodput, goodput_of
-from moetrain.plan.memory import Layout, Memory, memory_of, units_of
+from moetrain.plan.layout import Layout
+from moetrain.plan.memory import Memory, memory_of, units_of
 from moetrain.plan.shapes import find_config, meta_builder
-from moetrain.plan.standins import DISPATCHERS
+from moetrain.plan.spread import DISPATCHERS
 from moetrain.plan.step_time import StepTime, time_of
-from moetrain.plan.trace import Step, StepTrace, trace_step
+from moetrain.plan.trace import RANKS, Step, StepTrace, trace_step
 
 BATCHES = (1, 2, 4, 8)
 CHECKPOINTING = ("none", "selective", "full")
@@ -173,12 +176,17 @@ class Planner:
     def evaluate(self, layout: Layout, batch: int, checkpointing: str, exact: bool = True) -> Candidate:
         config, gpu = self.config, self.machine.kind
         dispatch = dispatch_of(config, layout)
+        balance = balance_of(config, layout)
+        captured = dispatch in CAPTURED and config.train.cuda_graph != "off"
+        rows, stacked = rows_over_mean(dispatch, balance, captured, checkpointing)
         step = Step(
             batch=batch,
             seq_len=config.data.seq_len,
             checkpointing=checkpointing,
             dispatch=dispatch,
-            rows_over_mean=constants.CAPACITY if dispatch == "nvlink" else 1.0,
+            rows_over_mean=rows,
+            stacked_over_mean=stacked,
+            ranks=layout.ep if dispatch in OF_ALL_RANKS else RANKS,
             packed=config.data.packing and config.data.document_mask,
             loss=config.train.loss,
             kernels="torch" if config.model.attn_implementation or config.model.kernels == "torch" else "auto",
@@ -186,11 +194,10 @@ class Planner:
         )
         trace = self.trace(step) if exact else self.estimate(step)
         passes, keep = config.train.grad_accum, config.parallel.keep_gathered
-        captured = dispatch != "alltoall" and config.train.cuda_graph != "off"
         memory = memory_of(
             trace, self.units, layout, gpu_bytes=gpu.memory_bytes, passes=passes, keep=keep, captured=captured
         )
-        time = time_of(trace, self.units, layout, gpu, passes=passes, keep=keep, captured=captured)
+        time = time_of(trace, self.units, layout, gpu, passes=passes, keep=keep, captured=captured, balance=balance)
         return Candidate(layout, step, captured, memory, time, memory.needed <= gpu.memory_bytes)
 
     def candidates(self, choices: Choices) -> Iterator[Candidate]:
@@ -198,10 +205,8 @@ class Planner:
         by_dispatch: dict[str, list[Layout]] = {}
         for layout in self.layouts(choices):
             by_dispatch.setdefault(dispatch_of(self.config, layout), []).append(layout)
-        for dispatch, layouts in by_dispatch.items():
+        for _dispatch, layouts in by_dispatch.items():
             for checkpointing in [choices.checkpointing] if choices.checkpointing else CHECKPOINTING:
-                if dispatch == "local" and checkpointing == "selective" and not choices.checkpointing:
-                    continue  # nothing is received that could be kept
                 fastest = 0.0
                 for batch in [choices.batch] if choices.batch else BATCHES:
                     found = [self.evaluate(layout, batch, checkpointing, exact=False) for layout in layouts]
@@ -258,6 +263,24 @@ class Planner:
         if not found:
             raise errors[0]
         return found
+
+
+def balance_of(config: RunConfig, layout: Layout) -> Balance:
+    """How a run's routers spread tokens over the ranks of an expert group."""
+    gate = config.balance.gate
+    return Balance(gate, constants.LOAD[gate] if layout.ep > 1 else 1.0)
+
+
+def rows_over_mean(dispatch: str, balance: Balance, captured: bool, checkpointing: str) -> tuple[float, float | None]:
+    """Rows of a call that a rank has room for over the mean, and those of all layers together where they lie in one
+    stack: the rules of `moetrain.graph.Passes`. Eager passes take what comes."""
+    of_all_layers = min(balance.load, constants.ALL_LAYERS)
+    if dispatch == "local":
+        return 1.0, None
+    if not (captured and dispatch in STATIC):
+        return of_all_layers, None
+    stacks = dispatch in STACKED and checkpointing == "none"
+    return MARGIN * balance.load, STACK_MARGIN * of_all_layers if stacks else None
 
 
 def dispatch_of(config: RunConfig, layout: Layout) -> str:

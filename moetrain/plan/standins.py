@@ -7,10 +7,7 @@ they are, told that they are on a Hopper GPU. What is missing is filled in here,
     attention            where this package's does not apply, torch's flash kernel, or its memory-efficient one
     recurrent layers     beside Mamba-2 the packages mamba_ssm, causal_conv1d and fla
     loss                 Liger's kernel
-    dispatch             what other ranks send: each rank gets the rows that it gets on average
-
-Shapes as in `moetrain.moe.dispatch.base`: T tokens, K choices, R rows of this rank's experts, H hidden, W ranks,
-S = W*T tokens of all ranks.
+    dispatch             what other ranks send (`spread.py`)
 """
 
 from __future__ import annotations
@@ -18,13 +15,12 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, cast
+from typing import Any
 from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
 import moetrain.attention as attention
@@ -34,14 +30,9 @@ import moetrain.kernels.linear_cross_entropy as head
 import moetrain.kernels.mamba2 as mamba2
 import moetrain.kernels.mamba2_conv as mamba2_conv
 import moetrain.kernels.mamba2_norm as mamba2_norm
-import moetrain.moe.dispatch.alltoall as alltoall
-import moetrain.moe.dispatch.collectives as collectives
 from moetrain.data.isolation import Documents
-from moetrain.kernels import Exchange, Routing, route_sort
-from moetrain.moe.dispatch import Dispatcher, StaticDispatcher
-from moetrain.moe.layer import moe_forward
-from moetrain.plan.constants import NVLINK_RANKS
 from moetrain.plan.operators import scan_flops
+from moetrain.plan.spread import EXCHANGED
 
 HOPPER = torch.device("cuda")
 
@@ -254,10 +245,6 @@ def _whole_rows(documents: Documents) -> list[tuple[int, int, int]]:
     return [(row, 0, length) for row in range(rows)]
 
 
-def _received_rows(rows: Tensor, recv_sizes: list[int], send_sizes: list[int], group_name: str) -> Tensor:
-    return rows.new_empty(sum(recv_sizes), *rows.shape[1:])
-
-
 _GPU_PROPERTIES: tuple[tuple[Any, str, Any], ...] = (
     (attention_backends, "_capability", lambda device: (9, 0)),
     (torch.backends.cudnn, "version", lambda: 91_900),
@@ -274,101 +261,5 @@ _REPLACED: tuple[tuple[Any, str, Any], ...] = (
     (head, "liger_cross_entropy", _liger_cross_entropy),
     (head, "_add_product", _add_product),
     (head, "CHUNK_LOGITS", head.CHUNK_LOGITS | {"meta": head.CHUNK_LOGITS["cuda"]}),
-    (alltoall, "exchange_counts", lambda counts, group_name: torch.empty_like(counts)),
-    (collectives, "_exchange_rows", _received_rows),
+    *EXCHANGED,
 )
-
-
-def spread_experts(experts: Any, dispatch: str, rows_over_mean: float) -> None:
-    """Leave one expert of an experts module on the meta device here, and give it a dispatcher that brings rows.
-
-    How many experts a rank has changes its weights and their gradients, which a trace does not count, and nothing that
-    it does: one trace serves every number of ranks.
-
-    Args:
-        dispatch: key of `DISPATCHERS`.
-        rows_over_mean: rows of this rank over T*K.
-    """
-    dispatcher = DISPATCHERS[dispatch](experts.num_experts, rows_over_mean)
-    for name, parameter in list(experts.named_parameters(recurse=False)):
-        experts._parameters[name] = nn.Parameter(torch.empty_like(parameter[:1]), requires_grad=parameter.requires_grad)
-    experts.num_experts = 1
-
-    def forward(tokens_TH: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
-        return moe_forward(experts, dispatcher, tokens_TH, expert_ids_TK, weights_TK)
-
-    experts.forward = forward
-
-
-class _AllToAll(alltoall.AllToAllDispatcher):
-    """The dispatcher's own code; only the split sizes, which it reads from the device, are given."""
-
-    def __init__(self, num_experts: int, rows_over_mean: float) -> None:
-        Dispatcher.__init__(self, num_experts)
-        self.group_name, self.ep_size, self.num_local = cast(Any, ""), num_experts, 1
-        self.rows_over_mean = rows_over_mean
-
-    def dispatch(self, tokens_TH: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor) -> Any:
-        slots = expert_ids_TK.numel()
-        with _SplitSizes([[slots], [round(slots * self.rows_over_mean)]]):
-            return super().dispatch(tokens_TH, expert_ids_TK, weights_TK)
-
-
-class _SplitSizes(TorchFunctionMode):
-    """Answers `Tensor.tolist` with the sizes sent and received."""
-
-    def __init__(self, sizes: list[list[int]]) -> None:
-        super().__init__()
-        self.sizes = sizes
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return self.sizes if func is Tensor.tolist else func(*args, **(kwargs or {}))
-
-
-class _Static(StaticDispatcher):
-    """The dispatcher's own code; only the exchange between ranks is a stand-in."""
-
-    def __init__(self, num_experts: int, rows_over_mean: float) -> None:
-        Dispatcher.__init__(self, num_experts)
-        self.group_name, self.ep_size, self.num_local = cast(Any, ""), NVLINK_RANKS, 1
-        self.rows_over_mean = rows_over_mean
-        self.capacity: int | None = None
-        self.needed: Tensor | None = None
-
-    def dispatch(self, tokens_TH: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor) -> Any:
-        self.capacity = round(expert_ids_TK.numel() * self.rows_over_mean)
-        return super().dispatch(tokens_TH, expert_ids_TK, weights_TK)
-
-    def exchange_for(self, tokens_TH: Tensor, top_k: int) -> Exchange:
-        return _Arriving()
-
-
-class _Arriving(Exchange):
-    """`NvlinkExchange`, whose buffers are no part of a trace: they live as long as the run."""
-
-    def post_tokens(self, x_TH: Tensor, index_TK: Tensor, weights_TK: Tensor | None) -> None:
-        self.hidden, self.dtype, self.choices = x_TH.shape[1], x_TH.dtype, index_TK.shape
-
-    def take_rows(self, capacity: int | None) -> tuple[Tensor, Tensor, Routing]:
-        assert capacity is not None
-        tokens, top_k = self.choices
-        routing = route_sort(_empty(NVLINK_RANKS * tokens, top_k, dtype=torch.int32), 1, capacity)
-        return self.take_more_rows(routing.row_TK, capacity), _empty(capacity, dtype=torch.float32), routing
-
-    def take_more_rows(self, row_SK: Tensor, capacity: int) -> Tensor:
-        return _empty(capacity, self.hidden, dtype=self.dtype)
-
-    def post_sums(self, rows_RH: Tensor, weights_R: Tensor | None, row_SK: Tensor) -> None:
-        self.hidden, self.dtype = rows_RH.shape[1], rows_RH.dtype
-
-    def take_sums(self, index_TK: Tensor, weighted: bool) -> tuple[Tensor, Tensor | None]:
-        sums = _empty(len(index_TK), self.hidden, dtype=self.dtype)
-        return sums, _empty(*index_TK.shape, dtype=torch.float32) if weighted else None
-
-
-def _empty(*shape: int, dtype: torch.dtype) -> Tensor:
-    return torch.empty(shape, dtype=dtype, device="meta")
-
-
-DISPATCHERS: dict[str, Callable[[int, float], Dispatcher]] = {"alltoall": _AllToAll, "nvlink": _Static}
-"""Dispatchers over several ranks that a trace knows."""

@@ -2,7 +2,8 @@
 
 Computation is counted, not guessed: products by their operations, everything else by the bytes it moves. Dispatch and
 combine hide behind nothing (docs/perf-notes.md, section 4: three attempts brought less than 2 %). What FSDP2 gathers
-and reduces hides behind computation in part (`constants.HIDDEN`).
+and reduces hides behind computation in part (`constants.HIDDEN`). In every layer the ranks of an expert group wait for
+the one with the most rows.
 """
 
 from __future__ import annotations
@@ -10,18 +11,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from math import comb
 
 from moetrain.plan import constants
 from moetrain.plan.constants import Gpu
-from moetrain.plan.memory import Layout, Unit, keeps_gathered
+from moetrain.plan.exchange import EVEN, STACKED, Balance, passed_bytes, sent_bytes
+from moetrain.plan.layout import Layout
+from moetrain.plan.memory import Unit, keeps_gathered
 from moetrain.plan.trace import ExpertLayer, StepTrace
 
 PARTS = (
     "attention", "dense", "experts", "head", "recurrent", "memory passes",
-    "dispatch in node", "dispatch across nodes", "sharding, exposed", "optimizer", "host",
+    "dispatch in node", "dispatch across nodes", "sharding, exposed", "optimizer", "idle",
 )  # fmt: skip
-"""Of a step, in the order of a table. `host`: what the GPU waits for an eager step's operators to be issued."""
+"""Of a step, in the order of a table. `idle`: what the GPU waits for an eager step's operators to be issued, or between
+the kernels of a captured one."""
 PHASES = ("forward", "backward")
 
 
@@ -60,33 +63,39 @@ def time_of(
     passes: int = 1,
     keep: str = "auto",
     captured: bool = True,
+    balance: Balance = EVEN,
 ) -> StepTime:
     """Time of a step of `passes` forwards and backwards under a layout.
 
     Args:
         captured: forward and backward are one CUDA graph, which costs the host nothing.
+        balance: the ranks of an expert group wait for the one with the most rows.
     """
     parts = dict.fromkeys(PARTS, 0.0)
-    gathers = 1 if keeps_gathered(units, layout, gpu.memory_bytes, keep) else 2
+    kept = keeps_gathered(units, layout, gpu.memory_bytes, keep)
     for phase in PHASES:
-        computed = _computation(trace, layout, gpu, phase)
-        exchanged = _exchange(trace, layout, gpu, phase)
-        sharded = _gathering(units, layout, gpu) if phase == "forward" or gathers == 2 else 0.0
-        sharded += _reduction(units, layout, gpu) if phase == "backward" else 0.0
+        reduces = phase == "backward"
+        gathers = not (reduces and kept)
+        computed = _computation(trace, layout, gpu, phase, balance.load)
+        computed["memory passes"] += _rows_copied(trace, layout, gpu, phase, balance)
+        computed["memory passes"] += (gathers + reduces) * _weights_copied(units, layout, gpu)
+        exchanged = _exchange(trace, layout, gpu, phase, balance.gate)
+        sharded = gathers * _gathering(units, layout, gpu) + reduces * _reduction(units, layout, gpu)
         busy = sum(computed.values()) + sum(exchanged.values())
         launches = sum(work.launches for (where, _), work in trace.work.items() if where == phase)
         exposed = {"sharding, exposed": max(sharded * (1 - constants.HIDDEN), sharded - busy)}
-        if not captured:
-            exposed["host"] = max(launches * constants.LAUNCH_SECONDS - busy, 0.0)
+        idle = launches * constants.GAP_SECONDS if captured else max(launches * constants.LAUNCH_SECONDS - busy, 0.0)
+        exposed["idle"] = idle
         for part, seconds in (computed | exchanged | exposed).items():
             parts[part] += passes * seconds
     parts["optimizer"] = _update(units, layout, gpu)
-    flops = passes * sum(work.flops for work in trace.work.values())
+    rows = trace.step.rows_over_mean  # of the rows that are laid out, a rank computes the mean
+    flops = passes * sum(work.flops / (rows if part == "experts" else 1.0) for (_, part), work in trace.work.items())
     return StepTime(parts, passes * trace.tokens, flops)
 
 
-def _computation(trace: StepTrace, layout: Layout, gpu: Gpu, phase: str) -> dict[str, float]:
-    products = gpu.bf16_tflops * 1e12 * constants.SUSTAINED
+def _computation(trace: StepTrace, layout: Layout, gpu: Gpu, phase: str, load: float) -> dict[str, float]:
+    products = gpu.bf16_tflops * 1e12
     memory = gpu.memory_gb_s * 1e9 * constants.PASSES
     rates = {
         "cudnn attention": constants.CUDNN_ATTENTION[phase] * products,
@@ -102,8 +111,8 @@ def _computation(trace: StepTrace, layout: Layout, gpu: Gpu, phase: str) -> dict
         if where != phase:
             continue
         # of the rows that are laid out, experts compute those that hold a token
-        used = trace.step.rows_over_mean if part == "experts" else 1.0
-        computed, moved = work.flops / used / rates.get(part, products), work.bytes / used / memory
+        rows = load / trace.step.rows_over_mean if part == "experts" else 1.0
+        computed, moved = work.flops * rows / rates.get(part, products), work.bytes * rows / memory
         if part == "recurrent":
             seconds[part] += max(computed, moved)
         else:
@@ -128,40 +137,50 @@ def experts_share(layers: Sequence[ExpertLayer], layout: Layout) -> float:
     return known[-1][1]
 
 
-def _exchange(trace: StepTrace, layout: Layout, gpu: Gpu, phase: str) -> dict[str, float]:
-    """Dispatch and combine: two exchanges in a phase, two more where a backward recomputes them."""
+def _exchange(trace: StepTrace, layout: Layout, gpu: Gpu, phase: str, gate: str) -> dict[str, float]:
+    """Dispatch and combine."""
     if layout.ep == 1:
         return {}
-    times = 4 if phase == "backward" and trace.step.checkpointing == "full" else 2
+    share = _NVLINK_SHARES[trace.step.dispatch]
     inside = across = 0.0
     for layer in trace.experts:
-        near, far = exchanged_bytes(layer, layout, once_per_rank=trace.step.dispatch == "nvlink")
-        share = constants.NVLINK_PUSH if trace.step.dispatch == "nvlink" else constants.ALL_TO_ALL
+        near, far = sent_bytes(layer, layout, trace.step.dispatch, gate)
         over_nvlink = near / (share * gpu.nvlink_gb_s * 1e9)
         over_network = far / (constants.NETWORK * gpu.network_gb_s * 1e9)
         # both go on at the same time
         inside += max(over_nvlink - over_network, 0.0)
         across += over_network
+    times = _exchanges(trace, phase)
     return {"dispatch in node": times * inside, "dispatch across nodes": times * across}
 
 
-def exchanged_bytes(layer: ExpertLayer, layout: Layout, once_per_rank: bool) -> tuple[float, float]:
-    """Bytes that a rank sends to ranks of its node and of others in one exchange.
-
-    Args:
-        once_per_rank: a token goes once to each rank that holds any of its experts, not once to each expert.
-    """
-    ranks = layout.ep
-    copies = distinct_ranks(layer.num_experts, layer.top_k, ranks) if once_per_rank else float(layer.top_k)
-    per_rank = layer.tokens * copies / ranks * layer.hidden * layer.token_bytes
-    near = min(ranks, layout.gpus_per_node)
-    return per_rank * (near - 1), per_rank * (ranks - near)
+_NVLINK_SHARES = {
+    "alltoall": constants.ALL_TO_ALL,
+    "allgather": constants.COLLECTIVES,
+    "nvlink": constants.NVLINK_PUSH,
+    "deep_ep": constants.DEEP_EP,
+}
 
 
-def distinct_ranks(num_experts: int, top_k: int, ranks: int) -> float:
-    """Ranks among `ranks` that hold any of `top_k` experts drawn without replacement, on average."""
-    elsewhere = num_experts - num_experts // ranks
-    return ranks * (1 - comb(elsewhere, top_k) / comb(num_experts, top_k))
+def _exchanges(trace: StepTrace, phase: str) -> int:
+    """Dispatches and combines of a layer in a phase. A backward that computes the forward again repeats both;
+    `selective` keeps what combine brought, and what a dispatcher brought that may cross nodes (`moetrain.tape`)."""
+    repeated = {"none": 0, "selective": int(trace.step.dispatch in STACKED), "full": 2}
+    return 2 + (repeated[trace.step.checkpointing] if phase == "backward" else 0)
+
+
+def _rows_copied(trace: StepTrace, layout: Layout, gpu: Gpu, phase: str, balance: Balance) -> float:
+    """A dispatcher's passes over memory."""
+    if layout.ep == 1:
+        return 0.0
+    moved = sum(passed_bytes(layer, layout, trace.step.dispatch, balance) for layer in trace.experts)
+    return _exchanges(trace, phase) / 2 * moved / (constants.PASSES * gpu.memory_gb_s * 1e9)
+
+
+def _weights_copied(units: Sequence[Unit], layout: Layout, gpu: Gpu) -> float:
+    """FSDP2's: it gathers into one buffer and copies the weights out of it, and copies gradients into one."""
+    moved = 2 * sum(unit.whole(layout) for unit in units if unit.ranks(layout) > 1)
+    return moved / (constants.PASSES * gpu.memory_gb_s * 1e9)
 
 
 def _gathering(units: Sequence[Unit], layout: Layout, gpu: Gpu) -> float:
@@ -202,4 +221,4 @@ def _update(units: Sequence[Unit], layout: Layout, gpu: Gpu) -> float:
         for p in unit.parameters
         if p.trained
     )
-    return moved / (constants.PASSES * gpu.memory_gb_s * 1e9)
+    return moved / (constants.UPDATE * gpu.memory_gb_s * 1e9)

@@ -29,11 +29,17 @@ from moetrain.families import experts_modules, fsdp_plan
 from moetrain.loss import install_loss
 from moetrain.parallelize import checkpoint_activations
 from moetrain.plan.operators import Work, cost_of, nbytes
-from moetrain.plan.standins import gpu_kernels, spread_experts, use_kernels
+from moetrain.plan.spread import Stack, spread_experts
+from moetrain.plan.standins import gpu_kernels, use_kernels
+from moetrain.tape import replaying
 
 KINDS = ("activations", "dispatch", "logits", "workspace")
 """What lives in a step beside parameters and gradients: kept for the backward, rows on their way to and from experts,
 the head's chunks, and everything else while it is used."""
+
+
+RANKS = 8
+"""Ranks that a trace stands for where their number changes next to nothing: `nvlink`'s tables, 1 MB a layer."""
 
 
 class Event(NamedTuple):
@@ -72,9 +78,14 @@ class Step:
     seq_len: int = 4096
     checkpointing: str = "none"
     dispatch: str = "local"
-    """`local`, or a key of `moetrain.plan.standins.DISPATCHERS`."""
+    """`local`, or a key of `moetrain.plan.spread.DISPATCHERS`."""
     rows_over_mean: float = 1.0
-    """Rows that this rank's experts get, or lay out, over T*K; 1 for `local`."""
+    """Rows that this rank's experts get in a call, or have room for, over T*K; 1 for `local`."""
+    stacked_over_mean: float | None = None
+    """Rows of all layers together over the mean, where a static dispatcher lays them into one buffer; None: each call
+    has its own memory."""
+    ranks: int = RANKS
+    """Of an expert group. `allgather` and `deep_ep` make room for the tokens of every rank."""
     packed: bool = False
     """Documents are kept apart by a mask."""
     loss: str = "auto"
@@ -95,6 +106,8 @@ class StepTrace:
     experts: list[ExpertLayer] = field(default_factory=list)
     loss: str = ""
     """What `install_loss` chose."""
+    aside: int = 0
+    """Bytes of a layer that are kept while the gradients of its experts' weights are computed beside the next layer."""
 
     @property
     def tokens(self) -> int:
@@ -113,7 +126,7 @@ class StepTrace:
         work = {key: Work(w.flops * times, w.bytes * times, w.launches) for key, w in self.work.items()}
         experts = [layer._replace(tokens=layer.tokens * times) for layer in self.experts]
         step = replace(self.step, batch=self.step.batch * times)
-        return StepTrace(step, grown, work, experts, self.loss)
+        return StepTrace(step, grown, work, experts, self.loss, self.aside * times)
 
 
 def trace_step(build: Callable[[], PreTrainedModel], step: Step) -> StepTrace:
@@ -132,10 +145,12 @@ def trace_step(build: Callable[[], PreTrainedModel], step: Step) -> StepTrace:
     trace = StepTrace(step)
     recorder = _Recorder(trace)
     trace.loss = install_loss(model, step.loss)
-    for name, experts in experts_modules(model):
+    spread = experts_modules(model)
+    stack = None if step.stacked_over_mean is None else Stack(step.stacked_over_mean, len(spread))
+    for name, experts in spread:
         _note_experts(trace, name, experts)
         if step.dispatch != "local":
-            spread_experts(experts, step.dispatch, step.rows_over_mean)
+            spread_experts(experts, step.dispatch, step.rows_over_mean, step.ranks, stack)
     checkpoint_activations(model, step.checkpointing)
     if step.compiled:
         torch._dynamo.reset()  # what earlier traces have compiled counts against dynamo's limit of variants
@@ -241,6 +256,7 @@ class _Recorder(TorchDispatchMode):
         self.storages: dict[int, tuple[Any, str, int]] = {}
         self.not_counted: set[int] = set()
         self.scope: list[str] = []
+        self.tape: list[list[Tensor]] = []
         self.backward = False
         self.fused: _FusedPasses | None = _FusedPasses() if trace.step.compiled else None
         self._stack = contextlib.ExitStack()
@@ -265,11 +281,25 @@ class _Recorder(TorchDispatchMode):
         out = func(*args, **kwargs)
         cost = cost_of(func, args, kwargs, out, "logits" in self.scope)
         self.add(cost.work, (args, kwargs), out)
+        self.trace.aside = max(self.trace.aside, cost.aside)
         for tensor in tree_iter(out):
             if isinstance(tensor, Tensor):
                 self.count(tensor)
+        if func is torch.ops.moetrain.attention.default and args[-1]:
+            self.keep_on_tape(out)
         self.see_peak(cost.scratch)
         return out
+
+    def keep_on_tape(self, out: Any) -> None:
+        """What attention keeps under `selective` (`moetrain.tape`): copies, until the recomputation takes them."""
+        if replaying():
+            self.tape.pop()
+            return
+        copies = [torch.empty_like(tensor) for tensor in out]
+        for copy in copies:
+            self.count(copy)
+            self.make_activation(copy)
+        self.tape.append(copies)
 
     def add(self, work: dict[str, Work], inputs: Any, out: Any) -> None:
         phase = "backward" if self.backward else "forward"

@@ -69,6 +69,15 @@ def test_layer(name: str, kind: str, bias: bool, transposed: bool) -> None:
     )
 
 
+@pytest.mark.parametrize(("name", "bias", "transposed"), [("silu", False, False), ("gpt_oss", True, True)])
+def test_row_stack(name: str, bias: bool, transposed: bool) -> None:
+    cases.check_row_stack(name, bias, transposed, torch.float16, "cpu")
+
+
+def test_full_stack() -> None:
+    cases.check_full_stack("cpu")
+
+
 @pytest.mark.parametrize("world", [4, 3])
 def test_nvlink_exchange(world: int) -> None:
     """All ranks in turn, each with the addresses of all ranks' buffers: rows, sums and weights there and back."""

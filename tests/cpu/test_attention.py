@@ -16,6 +16,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel, masking_utils
 
 from moetrain import attention as ours
@@ -25,7 +26,9 @@ from moetrain.backends import transformer_engine
 from moetrain.backends.attention import Case, choose_backend
 from moetrain.bench.attention import CASES, document_lengths, visible_pairs
 from moetrain.data.isolation import Documents, isolate_documents, packing_support
+from moetrain.kernels import attention as kernel
 from moetrain.kernels.attention import attend_ref, visible_keys
+from moetrain.tape import keep_received
 from tests.attention_cases import Problem, check_attention, cumulative, random_leaves, run
 from tests.cpu.test_data_isolation import LENGTHS, gradients, make, packed
 from tests.families import FAMILIES, build
@@ -70,6 +73,29 @@ def test_formulas_of_the_kernels(name: str) -> None:
     check_attention(PROBLEMS[name], "reference", torch.float64, "cpu", 1e-12)
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_recomputation_takes_what_was_kept(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attention runs once though its layer runs twice, in compiled code too, and the gradients are those of without."""
+    calls = []
+    reference = kernel._FORWARD["reference"]
+    monkeypatch.setitem(kernel._FORWARD, "reference", lambda *args: calls.append(1) or reference(*args))
+
+    def layer(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        q, k, v = (x @ weight).view(2, 9, 3, 4, 8).unbind(2)
+        return kernel.attend(q, k, v, "reference", scale=0.3, keep=True).flatten(2).sin()
+
+    x, weight = torch.randn(2, 9, 32, requires_grad=True), torch.randn(32, 96, requires_grad=True)
+    plain = layer(x, weight)
+    expected = [plain, *torch.autograd.grad(plain.square().sum(), (x, weight))]
+    calls.clear()
+    function = torch.compile(layer, backend="aot_eager") if compiled else layer
+    out = checkpoint(function, x, weight, use_reentrant=False, context_fn=keep_received)
+    found = [out, *torch.autograd.grad(out.square().sum(), (x, weight))]
+    assert len(calls) == 1
+    for ours, wanted in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, wanted)
+
+
 @pytest.mark.parametrize("name", ["plain", "all"])
 def test_operator_is_what_torch_expects_of_one(name: str) -> None:
     """Its shapes without data, its autograd, and what torch.compile makes of it."""
@@ -77,7 +103,7 @@ def test_operator_is_what_torch_expects_of_one(name: str) -> None:
     leaves = random_leaves(problem, torch.float32, "cpu")
     documents = None if problem.documents is None else cumulative(problem.documents, "cpu")
     tensors = [*(leaf.transpose(1, 2) for leaf in leaves[:3]), leaves[3] if problem.sinks else None, documents]
-    torch.library.opcheck(torch.ops.moetrain.attention, (*tensors, 0.3, problem.window, "reference"))
+    torch.library.opcheck(torch.ops.moetrain.attention, (*tensors, 0.3, problem.window, "reference", True))
     compiled = torch.compile(
         lambda *leaves: run(problem, list(leaves), "reference"), fullgraph=True, backend="aot_eager"
     )

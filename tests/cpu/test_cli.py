@@ -70,7 +70,7 @@ def failing(error: Exception) -> Callable[..., int]:
 
 @pytest.mark.parametrize(
     "words",
-    ["", "train", "export", "data", "data preview", "data tokenize", "report", "doctor"],
+    ["", "train", "export", "data", "data preview", "data tokenize", "top", "report", "doctor"],
     ids=lambda w: w or "all",
 )
 def test_help(words: str, capsys: pytest.CaptureFixture[str]) -> None:

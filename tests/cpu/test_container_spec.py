@@ -77,7 +77,7 @@ def started(spec: ContainerSpec, command: list[str], folder: Path) -> dict[str, 
     """What enroot gets when bash runs the printed line."""
     (folder / "enroot").write_text(ENROOT)
     (folder / "enroot").chmod(0o755)
-    environment = {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}"}
+    environment = {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}", "A": "1", "B": "2 3", "EMPTY": ""}
     line = spec.enroot_command(command)
     result = subprocess.run(["bash", "-c", line], env=environment, capture_output=True, text=True, check=True)
     found: dict[str, Any] = json.loads(result.stdout)
@@ -85,7 +85,12 @@ def started(spec: ContainerSpec, command: list[str], folder: Path) -> dict[str, 
 
 
 def test_enroot_starts_the_same_container(tmp_path: Path) -> None:
-    spec = ContainerSpec(image=IMAGE, mounts=("/shared:/shared", "/data:/in:ro+rprivate"), env=("A", "B"), workdir="/w")
+    spec = ContainerSpec(
+        image=IMAGE,
+        mounts=("/shared:/shared", "/data:/in:ro+rprivate"),
+        env=("A", "EMPTY", "NOT_SET", "B"),
+        workdir="/w",
+    )
     found = started(spec, ["python", "-c", "print('a b')"], tmp_path)
     assert found["settings"] == {"ENROOT_ROOTFS_WRITABLE": "n", "ENROOT_MOUNT_HOME": "n", "ENROOT_REMAP_ROOT": "n"}
     assert found["rc"] == 'exec "$@"\n'

@@ -132,9 +132,15 @@ def test_the_lock_is_read_without_any_package() -> None:
 def test_no_secrets_and_no_privileges() -> None:
     for text in DOCKERFILES.values():
         final = text[text.rindex("\nFROM ") :]
-        assert final.index("USER moetrain") < final.index("RUN moetrain doctor")
+        assert final.index("USER 10001:10001") < final.index("RUN moetrain doctor")
         assert final.rstrip().endswith("RUN moetrain doctor")
         assert not re.search(r"(TOKEN|PASSWORD|SECRET|API_KEY|INDEX_URL)", text)
+
+
+@pytest.mark.skipif(shutil.which("hadolint") is None, reason="needs hadolint: github.com/hadolint/hadolint, releases")
+def test_hadolint_has_nothing_to_say() -> None:
+    result = subprocess.run(["hadolint", *check.DOCKERFILES.values()], cwd=ROOT, capture_output=True, text=True)
+    assert (result.returncode, result.stdout) == (0, "")
 
 
 def report(**versions: str) -> dict[str, Any]:
@@ -234,13 +240,61 @@ def test_start_script(tmp_path: Path) -> None:
     assert run_script(script, "sh", "-c", "echo $A $0", "c") == "1 c\n"
 
 
-def test_gdrcopy_hook(tmp_path: Path) -> None:
-    hook, mounts = ROOT / "containers/enroot/hooks.d/50-moetrain-gdrcopy.sh", tmp_path / "mounts"
-    for devices, shown in (("all", Path("/dev/gdrdrv").exists()), ("void", False), ("", False)):
-        mounts.write_text("")
-        environment = {"ENROOT_MOUNTS": str(mounts), "NVIDIA_VISIBLE_DEVICES": devices, "PATH": "/usr/bin:/bin"}
-        subprocess.run([hook], check=True, env=environment)
-        assert ("/dev/gdrdrv" in mounts.read_text()) == shown
+ENROOT = ROOT / "containers/enroot"
+
+
+def test_hook_keeps_compiled_kernels_on_the_node(tmp_path: Path) -> None:
+    mounts, cache = tmp_path / "mounts", tmp_path / "cache"
+    mounts.write_text("before\n")
+    environment = {"ENROOT_MOUNTS": str(mounts), "ENROOT_CACHE_PATH": str(cache), "PATH": "/usr/bin:/bin"}
+    hook = ENROOT / "hooks.d/50-moetrain-kernels.sh"
+    subprocess.run([hook], check=True, env=environment)
+    before, *lines = mounts.read_text().splitlines()
+    targets = [target for _, target, _, options in map(str.split, lines) if "rw" in options and "noexec" not in options]
+    variables = dict(
+        line.split("=") for line in (ENROOT / "environ.d/50-moetrain.env").read_text().splitlines() if "=" in line
+    )
+    assert before == "before"
+    assert targets == [variables[name] for name in ("EP_JIT_CACHE_DIR", "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")]
+    assert all(Path(line.split()[0]).is_dir() for line in lines)
+
+    mounts.write_text("")
+    cache.rename(tmp_path / "moved")
+    cache.write_text("no directory")
+    subprocess.run([hook], check=True, env=environment, stderr=subprocess.DEVNULL)  # a hook that fails stops the job
+    assert mounts.read_text() == ""
+
+
+OPTIONS = {
+    "ro",
+    "rw",
+    "bind",
+    "rbind",
+    "nosuid",
+    "nodev",
+    "noexec",
+    "nofail",
+    "silent",
+    "x-create=dir",
+    "x-create=file",
+}
+
+
+def test_files_for_enroot_are_as_it_reads_them() -> None:
+    for file in (ENROOT / "environ.d").iterdir():  # enroot drops all other lines
+        assert file.suffix == ".env"
+        lines = [line for line in file.read_text().splitlines() if line and not line.startswith("#")]
+        assert lines and all(re.fullmatch(r"(?!ENROOT_)[A-Z_]+=[^\s\"']+", line) for line in lines), lines
+    for file in (ENROOT / "mounts.d").iterdir():
+        assert file.suffix == ".fstab"
+        for line in file.read_text().splitlines():
+            if line and not line.startswith("#"):
+                source, target, kind, options = line.split()
+                assert source.startswith("/") and target.startswith("/") and kind == "none"
+                assert set(options.split(",")) <= OPTIONS
+    for file in (ENROOT / "hooks.d").iterdir():  # enroot runs those that end so and are executable
+        assert file.suffix == ".sh" and file.stat().st_mode & 0o111 == 0o111
+        subprocess.run(["sh", "-n", file], check=True)
 
 
 def test_bill_of_the_lock() -> None:
@@ -266,7 +320,7 @@ def test_bill_of_an_image(tmp_path: Path) -> None:
     write("etc/os-release", 'NAME="Debian"\nID=debian\n')
     write("var/lib/dpkg/status", package.format("g++", "install", "4:12.2.0-3") + "\n" + removed)
     torch = LOCK["gpu"]["torch"]["version"]
-    for name, version in (("torch", torch), ("deep_ep", "2.0.0+dd758ca"), ("Jinja2", "1")):
+    for name, version in (("torch", torch), ("deep_ep", "2.1.0+dd758ca"), ("Jinja2", "1")):
         metadata = f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n\nVersion: text\n"
         write(f"opt/venv/lib/python3.12/site-packages/{name}-{version}.dist-info/METADATA", metadata)
     components = sbom.merged(sbom.of_root(tmp_path), sbom.of_lock(LOCK, "gpu"))

@@ -14,14 +14,15 @@ import moetrain
 ROOT = Path(moetrain.__file__).parent
 # From the top. A name stands for the module and everything below it.
 FLOORS = (
-    ("launch", "launcher", "dry_run", "cli", "__main__"),
+    ("launch", "launcher", "dry_run", "cli", "top", "__main__"),
     ("plan", "bench"),
     ("trainer", "prepare", "create"),
     ("auto",),
     ("parallelize", "sharded_init", "graph", "compiled"),
-    ("moe", "optim", "report", "doctor"),
+    ("moe", "optim", "report", "doctor", "sinks"),
     ("attention", "data", "fsdp"),
     ("kernels", "backends", "checkpoint", "loss", "metrics", "guard", "mesh", "config", "families"),
+    ("tape",),
 )
 FLOOR_OF = {name: len(FLOORS) - i for i, names in enumerate(FLOORS) for name in names}
 

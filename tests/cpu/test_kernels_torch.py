@@ -103,8 +103,8 @@ def test_operators_are_registered_right() -> None:
         (_route_sort_op, (index, 4, index.numel(), 0)),
         (_permute_op, (x, top_k_weights, routing.row_TK, index.numel())),
         (_unpermute_reduce_op, (rows, None, routing.row_TK)),
-        (_experts_op, (x, top_k_weights, routing.row_TK, routing.offsets_E, *parameters, key)),
-        (_rows_op, (rows, row_weights, routing.offsets_E, *parameters, key)),
+        (_experts_op, (x, top_k_weights, routing.row_TK, routing.offsets_E, *parameters, key, True)),
+        (_rows_op, (rows, row_weights, routing.offsets_E, *parameters, key, True)),
     ]:
         torch.library.opcheck(op, args)
 

@@ -1,21 +1,30 @@
-"""The three places a record goes to: console, metrics.jsonl, Prometheus."""
+"""Console and metrics.jsonl: two of the three places that a record goes to."""
 
 from __future__ import annotations
 
 import io
 import json
 import math
-import socket
-import urllib.request
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from prometheus_client.parser import text_string_to_metric_families
 from rich.console import Console
 
 from moetrain.config import MetricsConfig
-from moetrain.metrics import EvalRecord, Metrics, StepRecord, bytes_text, read_records
+from moetrain.metrics import (
+    PHASES,
+    EvalRecord,
+    LayerLoads,
+    Memory,
+    Metrics,
+    StepRecord,
+    bytes_text,
+    read_records,
+)
+from moetrain.metrics.phases import PhaseClock
 
 
 def step_record(step: int, **changes: Any) -> StepRecord:
@@ -37,7 +46,14 @@ def step_record(step: int, **changes: Any) -> StepRecord:
 
 def metrics(folder: Path, rank: int = 0, console: Console | None = None, **config: Any) -> Metrics:
     console = console or Console(file=io.StringIO())
-    return Metrics(MetricsConfig(**config), folder, rank, 10, run="r", info={"vocab_size": 64}, console=console)
+    return Metrics(MetricsConfig(**config), folder, rank, 10, info={"vocab_size": 64}, console=console)
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 10.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come to pass"
+        time.sleep(0.01)
 
 
 def lines(folder: Path) -> list[dict[str, Any]]:
@@ -63,7 +79,8 @@ def test_file_holds_the_records(tmp_path: Path) -> None:
     out = metrics(tmp_path)
     out.eval(EvalRecord(step=0, loss=4.25, tokens=128))
     out.step(step_record(1))
-    # read before close: each line is flushed as it is written
+    # read before close: each line is written as soon as it comes
+    wait_for(lambda: (tmp_path / "metrics.jsonl").exists() and len(lines(tmp_path)) == 3)
     run, evaluation, step = lines(tmp_path)
     assert run["kind"] == "run" and run["vocab_size"] == 64 and run["total_steps"] == 10
     assert (evaluation["kind"], evaluation["step"], evaluation["loss"], evaluation["tokens"]) == ("eval", 0, 4.25, 128)
@@ -134,6 +151,93 @@ def test_file_without_steps_is_not_worth_keeping(tmp_path: Path) -> None:
     assert len(lines(tmp_path)) == 2
 
 
+def test_a_step_tells_phases_layers_and_slow_ranks(tmp_path: Path) -> None:
+    out = metrics(tmp_path)
+    out.describe({"3": 4, "5": 4}, {"run": {"model": "m"}, "rank": {"ep": 1}})
+    with out.phase("data_wait"):
+        time.sleep(0.02)
+    loads = LayerLoads([2.0, 1.5], [0.0, 0.123456], [1, 0], [0.75, 0.9])
+    ranks = [0.2, 0.25, 0.3, 0.21, 0.9]
+    memory = Memory(allocated=1, reserved=2, peak=3, total=4)
+    out.step(step_record(1, layers=loads, rank_seconds=ranks, memory=memory, redos=2, seen_tokens=4096))
+    out.step(step_record(2))
+    out.close()
+    run, overflow, first, second = lines(tmp_path)
+    assert run["layers"] == ["3", "5"] and run["model"] == "m" and "ep" not in run
+    assert (overflow["event"], overflow["step"], overflow["redos"]) == ("overflow", 1, 2)
+    assert first["layers"] == {
+        "max_over_mean": [2.0, 1.5], "min_over_mean": [0.0, 0.1235], "idle_experts": [1, 0], "entropy": [0.75, 0.9]
+    }  # fmt: skip
+    assert first["slow_ranks"] == [{"rank": r, "seconds": ranks[r]} for r in (4, 2, 1)]
+    assert first["median_rank_seconds"] == 0.25 and first["seen_tokens"] == 4096
+    assert [first[f"memory_{name}_bytes"] for name in ("allocated", "reserved", "total")] == [1, 2, 4]
+    assert set(first["phase_seconds"]) == set(PHASES)
+    assert first["phase_seconds"]["data_wait"] == pytest.approx(0.02, abs=0.02) and first["phase_seconds"]["data_wait"]
+    assert second["phase_seconds"]["data_wait"] == 0, "of this step, not of all"
+    assert "layers" not in second and "slow_ranks" not in second
+
+
+def test_phases_are_disjoint_and_add_up() -> None:
+    now = 100.0
+    clock = PhaseClock(lambda: now)
+    now += 1  # other
+    with clock.phase("forward_backward"):
+        now += 2
+        with clock.phase("collective_wait"):
+            now += 4
+        now += 8
+    now += 16
+    assert clock.read() == dict.fromkeys(PHASES, 0.0) | {"other": 17, "forward_backward": 10, "collective_wait": 4}
+    with clock.phase("forward_backward"):
+        now += 3
+        assert clock.move(2, "forward_backward", "collective_wait") == 2
+        assert clock.move(50, "forward_backward", "collective_wait") == 1, "what was read stays"
+    assert clock.read()["forward_backward"] == 10
+    assert clock.read()["collective_wait"] == 7
+    assert sum(clock.read().values()) == now - 100
+
+
+def test_time_that_an_exception_ends_is_charged() -> None:
+    now = 0.0
+    clock = PhaseClock(lambda: now)
+    with pytest.raises(RuntimeError), clock.phase("checkpoint"):
+        now += 5
+        raise RuntimeError
+    now += 1
+    assert (clock.read()["checkpoint"], clock.read()["other"]) == (5, 1)
+
+
+def test_a_checkpoint_leaves_an_event(tmp_path: Path) -> None:
+    out = metrics(tmp_path)
+    with out.checkpoint(4):
+        pass
+    with pytest.raises(OSError, match="full"), out.checkpoint(8):
+        raise OSError("disk full")
+    out.close()
+    _, saved, failed = lines(tmp_path)
+    assert (saved["kind"], saved["event"], saved["step"]) == ("event", "checkpoint", 4)
+    assert (failed["event"], failed["step"], failed["error"]) == ("checkpoint_failed", 8, "OSError: disk full")
+
+
+def test_a_resumed_run_knows_its_past(tmp_path: Path) -> None:
+    write_run(tmp_path, range(1, 8))
+    first = lines(tmp_path)[0]["time"]
+    for restarts in (1, 2):
+        out = metrics(tmp_path)
+        out.resume(4)
+        values = out.series._shown.values
+        assert (values["restarts"], values["resumed_step"], values["step"]) == (restarts, 4, 4)
+        assert values["start_timestamp_seconds"] == first
+        assert values["productive_seconds"] == pytest.approx(4 * 0.2), "steps 5 to 7 are lost"
+        out.step(step_record(5))
+        out.close()
+    events = [record for record in lines(tmp_path) if record["kind"] == "event"]
+    assert [(event["event"], event["restarts"], event["step"]) for event in events] == [
+        ("restart", 1, 4),
+        ("restart", 2, 4),
+    ]
+
+
 def test_console_lines_without_a_terminal(tmp_path: Path) -> None:
     text = io.StringIO()
     out = metrics(tmp_path, console=Console(file=text, width=80), log_every=2)
@@ -172,68 +276,6 @@ def test_terminal_has_a_progress_bar_below_the_lines(tmp_path: Path) -> None:
     assert "2/10" in printed and "training" in printed
     assert printed.rindex("2/10") > printed.rindex("4.1500")
     assert printed.rindex("\x1b[?25h") > printed.rindex("\x1b[?25l"), "the cursor is shown again at the end"
-
-
-def scrape(port: int) -> dict[str, tuple[dict[str, str], float]]:
-    """Sample name to (labels, value)."""
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as response:
-        families = text_string_to_metric_families(response.read().decode())
-        return {sample.name: (sample.labels, sample.value) for family in families for sample in family.samples}
-
-
-def test_prometheus_serves_the_run(tmp_path: Path) -> None:
-    out = metrics(tmp_path, prometheus_port=0)
-    for step in (1, 2, 3):
-        out.step(step_record(step, step_seconds=0.5))
-    out.eval(EvalRecord(step=3, loss=1.75, tokens=64))
-    assert out.prometheus is not None
-    found = scrape(out.prometheus.port)
-    assert all(labels["run"] == "r" and labels["rank"] == "0" for labels, _ in found.values())
-    values = {name: value for name, (_, value) in found.items()}
-    assert values["moetrain_tokens_total"] == 1001 + 1002 + 1003
-    assert values["moetrain_loss"] == pytest.approx(8.3 / 3)
-    assert values["moetrain_validation_loss"] == 1.75
-    assert values["moetrain_step_duration_seconds_sum"] == 1.5
-    assert values["moetrain_step_duration_seconds_count"] == 3
-    assert values["moetrain_memory_bytes"] == 812 * 2**20
-    assert values["moetrain_expert_load_max_over_mean"] == 1.5
-    assert not [name for name in values if name.endswith("_created")]
-    out.close()
-
-
-def test_other_ranks_serve_their_own_values_only(tmp_path: Path) -> None:
-    out = metrics(tmp_path, rank=3, prometheus_port=0)
-    out.step(step_record(1))
-    out.eval(EvalRecord(step=1, loss=1.0, tokens=1))
-    assert out.prometheus is not None
-    found = scrape(out.prometheus.port)
-    assert found["moetrain_memory_bytes"] == ({"run": "r", "rank": "3"}, 812 * 2**20)
-    assert "moetrain_tokens_total" not in found and "moetrain_loss" not in found
-    out.close()
-
-
-def test_prometheus_listens_on_loopback_and_lets_go(tmp_path: Path) -> None:
-    out = metrics(tmp_path, prometheus_port=0)
-    assert out.prometheus is not None
-    assert out.prometheus.address == "127.0.0.1"
-    port = out.prometheus.port
-    out.close()
-    with socket.socket() as sock:
-        assert sock.connect_ex(("127.0.0.1", port)) != 0
-
-
-def test_port_in_use_is_named(tmp_path: Path) -> None:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        sock.listen()
-        taken = sock.getsockname()[1]
-        with pytest.raises(ValueError, match=rf"rank 1 .* port {taken}: .* metrics\.prometheus_port"):
-            metrics(tmp_path, rank=1, prometheus_port=taken - 1)
-
-
-def test_port_beyond_the_last_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"port 65536: .* metrics\.prometheus_port"):
-        metrics(tmp_path, rank=1, prometheus_port=65535)
 
 
 @pytest.mark.parametrize(

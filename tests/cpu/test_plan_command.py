@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from moetrain.cli import main
 from moetrain.plan.command import run_config
@@ -94,10 +95,34 @@ def test_overrides_and_options_meet_in_one_run(config: str) -> None:
     assert (named.model.path, named.train.grad_accum, named.data.batch_size) == ("qwen3-30b-a3b", 4, 2)
 
 
+SMALL = "{model_type: qwen3_moe, hidden_size: 64, num_hidden_layers: 2, moe_intermediate_size: 32, head_dim: 16, "
+
+
+def test_a_static_dispatcher_runs_alone_too(capsys: pytest.CaptureFixture[str]) -> None:
+    create = f"model.create={{vocab_size: 512, config: {SMALL} num_attention_heads: 4, num_experts: 16}}}}"
+    words = ["plan", "--model", "none", create, "--ep", "8", "--simulate", "7", "--steps", "1", "--json"]
+    assert main([*words, "data.seq_len=32", "model.dispatch=allgather", "--checkpointing", "full"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["rank"], found["world"], found["experts_of_a_layer"]) == (7, 8, [2])
+    assert found["passes"].startswith("eager: CUDA graphs need a GPU")
+    assert found["step_seconds"] > 0 and found["planned_seconds"] > 0
+    assert not torch.distributed.is_initialized()
+
+
+def test_a_rank_too_large_for_this_machine_is_refused(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = {"SC_AVPHYS_PAGES": 1000, "SC_PAGE_SIZE": 4096}
+    monkeypatch.setattr("moetrain.plan.simulate.os.sysconf", sizes.__getitem__)
+    words = ["--model", "tiny", *QUICK, "--simulate", "1", "data.seq_len=1024", "data.batch_size=4"]
+    assert main(["plan", *words]) == 2
+    text = " ".join(capfd.readouterr().err.split())
+    assert "and this machine, which has no GPU, has 0.0 free; take a larger --ep" in text
+
+
 def test_one_rank_of_128_runs_alone() -> None:
     words = ["plan", "--model", "none", "--nodes", "16", "--ep", "8", "--simulate", "37", "--steps", "2", "--json"]
-    small = "{model_type: qwen3_moe, hidden_size: 64, num_hidden_layers: 2, moe_intermediate_size: 32, head_dim: 16, "
-    create = f"model.create={{vocab_size: 512, config: {small} num_attention_heads: 4, num_experts: 128}}}}"
+    create = f"model.create={{vocab_size: 512, config: {SMALL} num_attention_heads: 4, num_experts: 128}}}}"
     code = [sys.executable, "-m", "moetrain", *words, create, "data.seq_len=64"]
     result = subprocess.run(code, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr

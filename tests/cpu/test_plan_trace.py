@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -22,7 +23,7 @@ from moetrain.moe.layer import moe_forward
 from moetrain.plan.operators import cost_of
 from moetrain.plan.shapes import meta_builder
 from moetrain.plan.simulate import fake_world
-from moetrain.plan.standins import spread_experts
+from moetrain.plan.spread import spread_experts
 from moetrain.plan.trace import KINDS, Step, StepTrace, trace_step
 from tests.families import FAMILIES
 
@@ -99,6 +100,54 @@ def test_the_dispatcher_keeps_what_it_keeps_over_ranks() -> None:
     assert expected.nbytes() == pytest.approx(kept.nbytes(), rel=0.02)
 
 
+def test_allgather_makes_room_for_the_tokens_of_every_rank() -> None:
+    """And the rows of its collectives are those that it allocates."""
+    peaks = {}
+    for ranks in (2, 8):
+        trace = trace_step(
+            builder("qwen3_moe", "meta", dtype=torch.bfloat16), Step(seq_len=SEQ_LEN, dispatch="allgather", ranks=ranks)
+        )
+        peaks[ranks] = max(event.peak["dispatch"] for event in trace.events if not event.backward)
+        kept = kept_at_the_loss(trace)
+    tokens, hidden, top_k = SEQ_LEN, 32, 2
+    each = tokens * (hidden * 2 + top_k * 8)  # a token, its choices and its weights
+    sums = tokens * hidden * 2
+    assert each <= (peaks[8] - peaks[2]) / 6 <= 2 * each + sums
+    assert kept > 0
+
+
+def test_one_stack_holds_the_rows_of_all_layers() -> None:
+    build = builder("qwen3_moe", "meta", dtype=torch.bfloat16)
+    step = Step(batch=4, seq_len=SEQ_LEN, dispatch="nvlink", rows_over_mean=3.0, kernels="torch")
+    apart = trace_step(build, step)
+    together = trace_step(build, replace(step, stacked_over_mean=1.5))
+    [(_, experts), *_] = experts_modules(build())
+    slots, layers = 4 * SEQ_LEN * 2, len(apart.experts)
+    row = 2 * (experts.gate_up_proj.shape[2] + experts.gate_up_proj.shape[1])
+    saved = layers * 3.0 * slots * row - (1.5 * (layers - 1) + 3.0) * slots * row
+    assert layers > 1
+    assert kept_at_the_loss(apart) - kept_at_the_loss(together) == pytest.approx(saved, rel=0.02)
+    left = together.events[-1].now["activations"] + together.events[-1].now["dispatch"]
+    assert left == pytest.approx((1.5 * (layers - 1) + 3.0) * slots * row, rel=0.02), "it stays until the end"
+    for key, work in apart.work.items():
+        assert together.work[key].flops == work.flops, key
+
+
+def test_selective_checkpointing_keeps_what_attention_made() -> None:
+    build = meta_builder(model_config("qwen3-30b-a3b", 2), ModelConfig(path="qwen3"))
+    traces = {
+        mode: trace_step(build, Step(seq_len=256, checkpointing=mode, dispatch="nvlink"))
+        for mode in ("none", "selective", "full")
+    }
+    part = "cudnn attention"
+    forward, plain = traces["none"].work["forward", part].flops, traces["none"].work["backward", part].flops
+    assert traces["full"].work["backward", part].flops == plain + forward
+    assert traces["selective"].work["backward", part].flops == plain
+    out = 256 * 32 * 128 * 2  # bf16, 32 heads of 128
+    kept = kept_at_the_loss(traces["selective"]) - kept_at_the_loss(traces["full"])
+    assert kept >= 2 * out, "a layer's each"
+
+
 def patched_exchange(module: Any) -> Any:
     from moetrain.plan.standins import gpu_kernels
 
@@ -121,7 +170,7 @@ def test_operations_are_those_of_the_formula(name: str, layers: int) -> None:
 def test_attention_counts_the_scores_that_are_seen(window: int | None) -> None:
     q, k = (torch.empty(3, 256, heads, 64, device="meta") for heads in (8, 2))
     work = cost_of(
-        torch.ops.moetrain.attention.default, (q, k, k, None, None, 1.0, window, "flash"), {}, None, False
+        torch.ops.moetrain.attention.default, (q, k, k, None, None, 1.0, window, "flash", False), {}, None, False
     ).work
     position = torch.arange(256)
     distance = position[:, None] - position

@@ -107,7 +107,9 @@ def _local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def differences(rank: int, world_size: int, checkpointing: str, forced: list[int]) -> dict[str, Any]:
+def differences(
+    rank: int, world_size: int, checkpointing: str, forced: list[int], dispatch: str = "allgather"
+) -> dict[str, Any]:
     """Steps of captured passes beside those of plain ones; `forced` layers overflow on the fullest rank, each in a step
     of its own.
 
@@ -115,7 +117,7 @@ def differences(rank: int, world_size: int, checkpointing: str, forced: list[int
     """
     plain = graph.Passes(build("alltoall", world_size), "off")
     with recorded_instead_of_captured():
-        passes = graph.Passes(build("allgather", world_size, checkpointing))
+        passes = graph.Passes(build(dispatch, world_size, checkpointing))
         runs, worst_loss, worst_gradient = [], 0.0, 0.0
         fullest = [0] * len(passes.dispatchers)  # the step that needed most rows, by layer
         for step in range(4 + 4 * len(forced)):

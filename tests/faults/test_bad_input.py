@@ -343,13 +343,12 @@ def test_output_of_another_run(finished: Path, refuse: Callable[..., str], monke
     assert f"out is in use by process {os.getpid()} on {socket.gethostname()}; stop that run" in message
 
 
-def test_port_in_use(finished: Path, refuse: Callable[..., str]) -> None:
-    with socket.socket() as other:
-        other.bind(("127.0.0.1", 0))
-        other.listen()
-        port = other.getsockname()[1]
-        message = refuse(config_of(finished), f"metrics.prometheus_port={port}")
-    assert f"127.0.0.1 port {port}" in message and "in use" in message and "metrics.prometheus_port" in message
+def test_password_for_the_metrics_is_missing(finished: Path, refuse: Callable[..., str]) -> None:
+    file = finished / "none"
+    message = refuse(
+        config_of(finished), "metrics.prometheus_port=0", "metrics.username=prom", f"metrics.password_file={file}"
+    )
+    assert f"metrics.password_file={file} cannot be read: No such file or directory" in message
 
 
 DAMAGES: dict[str, tuple[Callable[[Path], object], list[str]]] = {

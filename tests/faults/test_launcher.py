@@ -178,6 +178,14 @@ def test_error_that_rank_0_has_told_is_not_told_again(tmp_path: Path, capfd: pyt
     assert capfd.readouterr().err == "mend this\n"
 
 
+def test_error_to_mend_wins_over_what_it_did_to_the_others(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Rank 0 loses its connection to rank 1 and is gone before rank 1 has ended."""
+    body = "time.sleep(rank)\nprint('mend this' if rank else 'connection closed', file=sys.stderr); sys.exit(1 + rank)"
+    assert run_local(command(tmp_path, body), 2, tmp_path / "logs") == 2
+    errors = capfd.readouterr().err
+    assert "rank 1 ended with exit code 2" in errors and "  mend this\n" in errors and "rank 0" not in errors
+
+
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2])
 def test_signal_reaches_each_rank_once(
     tmp_path: Path, started: list[subprocess.Popen[str]], signum: signal.Signals

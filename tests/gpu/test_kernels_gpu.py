@@ -125,6 +125,17 @@ def test_layer(name: str, kind: str, bias: bool, transposed: bool, layer: cases.
     cases.check_layer(name, kind, bias, transposed, torch.bfloat16, "cuda", layer)
 
 
+@pytest.mark.parametrize(
+    ("name", "bias", "transposed"),
+    [("silu", False, False), ("gpt_oss", True, True), ("relu2", False, True)],
+)
+@needs_sm90
+def test_small_row_stack(name: str, bias: bool, transposed: bool) -> None:
+    _poison_free_memory()
+    cases.check_row_stack(name, bias, transposed, torch.bfloat16, "cuda")
+    cases.check_full_stack("cuda")
+
+
 @needs_sm90
 def test_small_layer() -> None:
     cases.check_layer("gpt_oss", "sparse", True, True, torch.bfloat16, "cuda", tokens_layer)

@@ -4,6 +4,7 @@
 `alltoall`   each (token, expert) row to its expert's rank, torch collectives; reads the number of rows on the host
 `allgather`  every token to every rank, torch collectives; static shapes
 `nvlink`     each token once to each rank that needs it, by stores over NVLink; static shapes
+`deep_ep`    the same by DeepEP, between nodes too; static shapes where its interface allows
 """
 
 from __future__ import annotations
@@ -15,18 +16,21 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from moetrain.backends.deep_ep import why_waits as why_deep_ep_waits
 from moetrain.families import experts_modules
 from moetrain.moe.dispatch.alltoall import AllToAllDispatcher
-from moetrain.moe.dispatch.base import Dispatched, Dispatcher
+from moetrain.moe.dispatch.base import Dispatched, Dispatcher, RankedDispatcher
+from moetrain.moe.dispatch.deep_ep import DeepEpDispatcher
 from moetrain.moe.dispatch.local import LocalDispatcher
 from moetrain.moe.dispatch.static import AllGatherDispatcher, NvlinkDispatcher, StaticDispatcher, exchanges
-from moetrain.moe.dispatch.tape import keep_received
+from moetrain.tape import keep_received
 
-DISPATCHERS = ("local", "alltoall", "allgather", "nvlink")
+DISPATCHERS = ("local", "alltoall", "allgather", "nvlink", "deep_ep")
 _ON_RANKS: dict[str, type[Any]] = {
     "alltoall": AllToAllDispatcher,
     "allgather": AllGatherDispatcher,
     "nvlink": NvlinkDispatcher,
+    "deep_ep": DeepEpDispatcher,
 }
 
 __all__ = [
@@ -40,6 +44,7 @@ __all__ = [
     "fastest_dispatch",
     "keep_received",
     "nvlink_obstacle",
+    "why_waits",
 ]
 
 
@@ -47,8 +52,8 @@ def build_dispatcher(name: str, num_experts: int, group: dist.ProcessGroup | Non
     """The dispatcher called `name`, or for `auto` the fastest that any use of the group allows.
 
     Raises:
-        ValueError: an unknown name, `local` for experts that are spread over several ranks, or `nvlink` for ranks
-            that do not reach each other's memory.
+        ValueError: an unknown name, `local` for experts that are spread over several ranks, `nvlink` for ranks that do
+            not reach each other's memory, or `deep_ep` where it cannot be used.
     """
     ranks = 1 if group is None else dist.get_world_size(group)
     if name == "auto":
@@ -87,6 +92,13 @@ def nvlink_obstacle(ep_size: int) -> str | None:
         return f"this process sees {torch.cuda.device_count()} GPUs, not those of its {ep_size} ranks"
     unreachable = [peer for peer in others if not torch.cuda.can_device_access_peer(here, peer)]
     return f"GPU {here} does not reach the memory of GPU {unreachable[0]}" if unreachable else None
+
+
+def why_waits(name: str, ep_size: int) -> str | None:
+    """Why the host waits for the GPU in every call of the dispatcher called `name`; None if it need not."""
+    if name == "deep_ep":
+        return why_deep_ep_waits(ep_size)
+    return _ON_RANKS[name].waits if name in _ON_RANKS else None
 
 
 def dispatchers_of(model: nn.Module) -> list[tuple[str, Dispatcher]]:

@@ -29,6 +29,8 @@ class _AllToAllDispatched(Dispatched):
 class AllToAllDispatcher(RankedDispatcher):
     """Any number of tokens on each rank."""
 
+    waits = "the dispatcher alltoall reads the number of rows on the host; static: nvlink, allgather"
+
     def dispatch(self, tokens_TH: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor) -> _AllToAllDispatched:
         sent = route_sort(expert_ids_TK, self.num_experts)
         send_counts = sent.counts_E.view(self.ep_size, self.num_local)

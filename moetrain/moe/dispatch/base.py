@@ -7,10 +7,12 @@ model, e experts of this rank, R rows that this rank's experts compute.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch.distributed as dist
 from torch import Tensor
+
+from moetrain.kernels import Place
 
 
 @dataclass(frozen=True)
@@ -22,15 +24,20 @@ class Dispatched:
         offsets_e: int32, the end of each local expert's rows (inclusive cumulative counts). Rows past
             `offsets_e[-1]` belong to no expert and may hold anything.
         weights_R: routing weight of each row, fp32.
+        place: where the rows lie beside those of other layers, `place.at` rows after `rows_RH`; None: in `rows_RH`.
     """
 
     rows_RH: Tensor
     offsets_e: Tensor
     weights_R: Tensor
+    place: Place | None = field(default=None, kw_only=True)
 
 
 class Dispatcher(ABC):
     """A pair of operations. Both are differentiable, and the backward of each is the communication of the other."""
+
+    waits: str | None = None
+    """Why the host waits for the GPU in every call, so that none can be captured; None if it need not."""
 
     def __init__(self, num_experts: int) -> None:
         self.num_experts = num_experts

@@ -9,7 +9,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import _resolve_process_group
 
-from moetrain.moe.dispatch.tape import receive
+from moetrain.metrics.device import timed
+from moetrain.tape import receive
 
 
 def exchange_counts(counts: Tensor, group_name: str) -> Tensor:
@@ -17,7 +18,8 @@ def exchange_counts(counts: Tensor, group_name: str) -> Tensor:
 
     def exchange() -> Tensor:
         received = torch.empty_like(counts)
-        dist.all_to_all_single(received, counts.contiguous(), group=resolve_group(group_name))
+        with timed("collective_wait", counts.device, many=True):
+            dist.all_to_all_single(received, counts.contiguous(), group=resolve_group(group_name))
         return received
 
     return receive(exchange)
@@ -43,7 +45,8 @@ class _AllToAllRows(torch.autograd.Function):
 
 def _exchange_rows(rows: Tensor, recv_sizes: list[int], send_sizes: list[int], group_name: str) -> Tensor:
     received = rows.new_empty(sum(recv_sizes), *rows.shape[1:])
-    dist.all_to_all_single(received, rows.contiguous(), recv_sizes, send_sizes, group=resolve_group(group_name))
+    with timed("collective_wait", rows.device, many=True):
+        dist.all_to_all_single(received, rows.contiguous(), recv_sizes, send_sizes, group=resolve_group(group_name))
     return received
 
 

@@ -1,0 +1,185 @@
+"""`moetrain top --prometheus` against a real Prometheus that scrapes two ranks, and against servers that are none."""
+
+from __future__ import annotations
+
+import http.server
+import io
+import json
+import shutil
+import socket
+import subprocess
+import threading
+import time
+import urllib.request
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from moetrain import cli
+from moetrain.config import MetricsConfig
+from moetrain.metrics import EvalRecord, Expectation, LayerLoads, Memory, Metrics, StepRecord
+from moetrain.top.prometheus import PrometheusSource
+from moetrain.top.snapshot import warnings
+
+RUN = 'a "quoted\\ run'
+CONFIG = """
+global: {{scrape_interval: 200ms, evaluation_interval: 500ms}}
+rule_files: [rules.yml]
+scrape_configs:
+  - job_name: moetrain
+    file_sd_configs: [{{files: ["{discovery}/*.json"], refresh_interval: 500ms}}]
+"""
+RULES = """
+groups:
+  - name: test
+    rules: [{alert: SomethingIsUp, expr: "max by (run) (moetrain_step) > 1"}]
+"""
+
+
+def free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return sock.getsockname()[1]
+
+
+def take_steps(ranks: list[Metrics], step: int) -> None:
+    """One step of 20 ms on two ranks, the second of which computes longer."""
+    for rank, metrics in enumerate(ranks):
+        with metrics.phase("forward_backward"):
+            time.sleep(0.02 if rank else 0.005)
+        metrics.step(
+            StepRecord(
+                step=step, loss=4.0 / step, grad_norm=1.5, lr=1e-3, tokens=100, tokens_per_second=1.0,
+                step_seconds=0.02, memory_bytes=2**30, expert_load_max_over_mean=3.0, idle_experts=1,
+                layers=LayerLoads([1.5, 3.0], [0.5, 0.0], [0, 1], [0.9, 0.8]), rank_tokens=64,
+                memory=Memory(2**30, 2 * 2**30, (3 + rank) * 2**30, 8 * 2**30),
+            )
+        )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Address of a Prometheus that watches a run of two ranks, for as long as the tests go."""
+    if shutil.which("prometheus") is None:
+        pytest.skip("no prometheus to ask")
+    folder = tmp_path_factory.mktemp("prometheus")
+    config = MetricsConfig(run_name=RUN, prometheus_port=0, discovery_dir=str(folder / "discovery"))
+    (folder / "out").mkdir()
+    ranks = [Metrics(config, folder / "out", r, 5000, console=Console(file=io.StringIO())) for r in range(2)]
+    ranks[0].announce([metrics.target() for metrics in ranks])
+    for metrics in ranks:
+        metrics.expect(Expectation(tokens_per_second_per_gpu=1e9, flops_per_token=1e6, peak_flops=1e12))
+        metrics.describe({"4": 8, "9": 8}, {}, checkpoint_every=100)
+    (folder / "prometheus.yml").write_text(CONFIG.format(discovery=folder / "discovery"))
+    (folder / "rules.yml").write_text(RULES)
+    port, stop = free_port(), threading.Event()
+
+    def train() -> None:
+        step = 0
+        while not stop.is_set():
+            step += 1
+            take_steps(ranks, step)
+            if step == 20:
+                ranks[0].eval(EvalRecord(step=step, loss=2.5, tokens=10))
+                with ranks[0].checkpoint(step):
+                    pass
+
+    thread = threading.Thread(target=train)
+    thread.start()
+    process = subprocess.Popen(
+        ["prometheus", f"--config.file={folder}/prometheus.yml", f"--storage.tsdb.path={folder}/data",
+         f"--web.listen-address=127.0.0.1:{port}"],
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    try:
+        wait_until_rates_are_known(f"http://127.0.0.1:{port}")
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        process.kill()
+        process.wait()
+        stop.set()
+        thread.join()
+        for metrics in ranks:
+            metrics.close()
+
+
+def wait_until_rates_are_known(url: str) -> None:
+    query = "/api/v1/query?query=count(rate(moetrain_tokens_total[2m])%20%3E%200)%20%2B%20count(ALERTS)"
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        try:
+            with urllib.request.urlopen(url + query, timeout=5) as response:
+                if [r["value"][1] for r in json.load(response)["data"]["result"]] == ["3"]:
+                    return
+        except OSError:
+            pass
+        time.sleep(0.3)
+    pytest.fail("Prometheus never saw the run")
+
+
+def test_a_run_by_its_name(server: str) -> None:
+    source = PrometheusSource(server, RUN)
+    shot = source.read()
+    assert (shot.state, shot.ended, shot.total_steps, shot.ranks, shot.ranks_up) == ("train", False, 5000, 2, 2)
+    assert shot.step > 1 and shot.losses and 0 < shot.losses[-1] <= 4
+    assert shot.validation_loss == 2.5 and shot.lr == 1e-3
+    assert shot.speed > 0 and shot.of_plan < 0.01 and shot.mfu > 0 and shot.speeds
+    assert shot.step_seconds == pytest.approx(0.02, rel=0.01)
+    assert shot.left_seconds > 0 and -5 < shot.silence < 60
+    assert shot.memory == 4 * 2**30 and shot.memory_rank == "1" and shot.memory_reserved == 2 * 2**30
+    assert (shot.balance, shot.balance_layer, shot.idle_experts) == (3.0, "9", 1.0)
+    assert shot.slow_ranks[0].rank == "1" and shot.slow_ranks[0].node
+    assert shot.slow_ranks[0].seconds > 2 * shot.slow_ranks[1].seconds
+    assert sum(shot.phases.values()) == pytest.approx(1) and shot.phases["forward_backward"] > 0.1
+    assert shot.checkpoint_step == 20 and shot.checkpoint_interval == pytest.approx(2, rel=0.01)
+    assert shot.alerts == ["SomethingIsUp"]
+    assert not shot.nonfinite and not shot.checkpoint_failed and shot.redos_share == 0
+    assert any("rank 1" in warning for warning in warnings(shot))
+
+
+def test_by_the_command_line(server: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["top", RUN, "--prometheus", server, "--once"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("step ") and "! alerts firing: SomethingIsUp" in printed
+
+
+def test_a_name_that_the_server_does_not_know(server: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["top", "other", "--prometheus", server]) == 2
+    assert f"it knows {RUN}" in capsys.readouterr().err.replace("\n", " ")
+
+
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [((200, b"<html>"), "is no Prometheus"), ((401, b""), "name:password@host"), ((500, b""), "answers 500")],
+    ids=["html", "password", "error"],
+)
+def test_servers_that_cannot_help(answer: tuple[int, bytes], words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    asked: list[Any] = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.headers.get("Authorization"))
+            self.send_response(answer[0])
+            self.end_headers()
+            self.wfile.write(answer[1])
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as web:
+        threading.Thread(target=web.serve_forever).start()
+        url = f"http://me:p%40ss@127.0.0.1:{web.server_port}/prom"
+        assert cli.main(["top", "run", "--prometheus", url]) == 2
+        web.shutdown()
+    printed = capsys.readouterr().err
+    assert words in printed and "p%40ss" not in printed
+    assert set(asked) == {"Basic bWU6cEBzcw=="}
+
+
+def test_no_server_at_all(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["top", "run", "--prometheus", f"127.0.0.1:{free_port()}"]) == 2
+    assert "does not answer" in capsys.readouterr().err
+    assert cli.main(["top", "run", "--prometheus", "ftp://x"]) == 2
+    assert "such as http://localhost:9090" in capsys.readouterr().err
