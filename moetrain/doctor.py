@@ -11,9 +11,11 @@ import logging
 import platform
 import re
 import shutil
+import tomllib
 import warnings
 from dataclasses import asdict, dataclass
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 from packaging.requirements import Requirement
@@ -65,6 +67,7 @@ def examine(as_json: bool = False, console: Console | None = None, chosen: list[
     problems = find_problems()
     found = {
         "versions": versions(),
+        "pinned": pinned(),
         "gpus": gpus(),
         "no_gpu_because": why_no_gpu(),
         "backends": [asdict(backend) for backend in backends()],
@@ -91,6 +94,20 @@ def versions() -> dict[str, str | None]:
     cudnn = torch.backends.cudnn.version() if torch.cuda.is_available() else None  # type: ignore[no-untyped-call]
     found["cudnn"] = str(cudnn) if cudnn else None
     return found
+
+
+def pinned() -> dict[str, str]:
+    """Versions of containers/versions.lock by package, for torch's build here; empty where there is no such file."""
+    import torch
+
+    for root in (Path.cwd(), Path(__file__).parents[1]):
+        file = root / "containers/versions.lock"
+        if file.is_file():
+            lock = tomllib.loads(file.read_text(encoding="utf-8"))
+            pins = lock["python"] | lock["gpu" if torch.version.cuda else "cpu"]
+            found = {name: pins.get(name.replace("_", "-"), lock["sources"].get(name)) for name in PACKAGES}
+            return {name: pin["version"] for name, pin in found.items() if pin}
+    return {}
 
 
 def gpus() -> list[dict[str, Any]]:
@@ -206,9 +223,12 @@ def _without_directories(text: str) -> str:
 
 
 def _print_tables(console: Console, found: dict[str, Any]) -> None:
-    table = Table("package", "version", box=None, pad_edge=False)
+    table = Table("package", "version", "pinned", box=None, pad_edge=False)
     for name, version in found["versions"].items():
-        table.add_row(name, version or "[dim]-[/]")
+        pin = found["pinned"].get(name, "")
+        # A build of a pinned version has more after it: 2.0.0+dd758ca.
+        same = not version or version == pin or version.startswith(f"{pin}+")
+        table.add_row(name, version or "[dim]-[/]", f"[dim]{pin}[/]" if same else pin)
     console.print(table)
 
     console.print()

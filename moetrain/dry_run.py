@@ -14,18 +14,21 @@ from moetrain import families, mesh
 from moetrain.attention import explain_attention, select_attention
 from moetrain.backends import deep_ep
 from moetrain.checkpoint import check_checkpoint
-from moetrain.config import DataConfig, RunConfig, Source
+from moetrain.config import DataConfig, MetricsConfig, RunConfig, Source
 from moetrain.create import check_layout, find_checkpoint, load_model_config, load_tokenizer, meta_model, new_config
 from moetrain.data.sources import STDLIB, find_files
 from moetrain.data.tokenize import check_vocabulary
 from moetrain.graph import capture_obstacle
 from moetrain.launcher import num_processes
+from moetrain.metrics.endpoint import check_endpoint
+from moetrain.metrics.sinks import check_sinks
 from moetrain.moe.dispatch import fastest_dispatch, why_waits
 from moetrain.moe.layer import NAME
 
 
 def dry_run(config: RunConfig) -> None:
-    """Check output directory, layout, model files, vocabulary and data files; print one line for each. Writes nothing.
+    """Check output directory, layout, model files, vocabulary, data files and where metrics go; print one line for each.
+    Writes nothing.
 
     Raises:
         ValueError: the first of them that would stop the run.
@@ -36,6 +39,7 @@ def dry_run(config: RunConfig) -> None:
     _say("model", text)
     _say("layout", _layout(config, world, model))
     _say("data", _data(config.data))
+    _say("metrics", _metrics(config.metrics))
     rows = world * config.data.batch_size * config.train.grad_accum
     tokens = rows * config.data.seq_len
     _say("step", f"{rows} rows of {config.data.seq_len:,} = {tokens:,} tokens")
@@ -125,6 +129,15 @@ def _data(data: DataConfig) -> str:
     if data.validation is None:
         return f"{train}; {data.validation_fraction:.0%} of it for validation"
     return f"{train}; validation: {_sources(data.validation)}"
+
+
+def _metrics(metrics: MetricsConfig) -> str:
+    check_endpoint(metrics)
+    check_sinks(metrics.sinks)
+    port = metrics.prometheus_port
+    ports = "any port" if port == 0 else f"port {port} and the next"
+    served = [] if port is None else [f"Prometheus on {metrics.prometheus_host}, {ports}"]
+    return ", ".join(["metrics.jsonl", *served, *metrics.sinks])
 
 
 def _sources(sources: list[Source]) -> str:

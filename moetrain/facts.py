@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import logging
 import os
@@ -31,7 +32,8 @@ def open_metrics(config: RunConfig, info: Mapping[str, Any]) -> Metrics:
     """This rank's metrics, and all ranks' endpoints where Prometheus finds them."""
     world = mesh.world_size()
     about = {"world_size": world, **info}
-    metrics = Metrics(config.metrics, config.output_dir, mesh.rank(), config.train.steps, info=about)
+    goes_on = config.checkpoint.resume != "never"
+    metrics = Metrics(config.metrics, config.output_dir, mesh.rank(), config.train.steps, info=about, goes_on=goes_on)
     metrics.announce(gather(metrics.target()))
     return metrics
 
@@ -50,15 +52,34 @@ def tell_expectation(
     metrics.expect(gather(expected)[0])
 
 
-def read_memory() -> Memory:
-    """Of this rank, now. No sync."""
-    if torch.cuda.is_available():
-        stats = torch.cuda.memory_stats_as_nested_dict()
-        allocated, reserved = stats["allocated_bytes"]["all"], stats["reserved_bytes"]["all"]
-        total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
-        return Memory(allocated["current"], reserved["current"], allocated["peak"], total)
-    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return Memory(resident, resident, resident, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+def read_memory(anew: bool = False) -> Memory:
+    """Of this rank, now. No sync.
+
+    Args:
+        anew: let the next peak be of what comes from here on. A CPU's is always since the start.
+    """
+    if not _on_gpu():
+        resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return Memory(resident, resident, resident, _total_memory(None))
+    stats = torch.cuda.memory_stats_as_nested_dict()
+    allocated, reserved = stats["allocated_bytes"]["all"], stats["reserved_bytes"]["all"]
+    if anew:
+        torch.cuda.reset_peak_memory_stats()
+    total = _total_memory(torch.cuda.current_device())
+    return Memory(allocated["current"], reserved["current"], allocated["peak"], total)
+
+
+@functools.cache
+def _on_gpu() -> bool:
+    return torch.cuda.is_available()
+
+
+@functools.cache
+def _total_memory(gpu: int | None) -> int:
+    """Bytes of a GPU; of the machine for None."""
+    if gpu is None:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return int(torch.cuda.get_device_properties(gpu).total_memory)
 
 
 def infos(config: RunConfig, model_config: PreTrainedConfig) -> dict[str, dict[str, Any]]:

@@ -27,6 +27,8 @@ UNSUPPORTED: dict[str, str] = {}
 
 # Names under which configurations keep the number of experts of a layer.
 EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+# And the number of experts of a token.
+TOP_KS = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "top_k_experts")
 # Switches that turn an expert count off.
 MOE_SWITCHES = ("is_moe", "enable_moe_block")
 
@@ -105,6 +107,14 @@ def experts_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """Name and module of every decorated experts class in the model, in module order."""
     marks = ("has_gate", "is_transposed", "num_experts")  # set by the decorator (num_experts by the class itself)
     return [(name, module) for name, module in model.named_modules() if all(hasattr(module, mark) for mark in marks)]
+
+
+def top_k_of(config: PretrainedConfig) -> int:
+    """Experts of a token, from a text model's configuration. Raises LookupError where it has none."""
+    for name in TOP_KS:
+        if isinstance(value := getattr(config, name, None), int):
+            return value
+    raise LookupError(f"{config.model_type} has none of {', '.join(TOP_KS)}")
 
 
 def fallback_reason(model: PreTrainedModel) -> str | None:

@@ -86,7 +86,7 @@ def checkpoint_activations(model: PreTrainedModel, mode: str) -> None:
             module.__dict__[KEEPS] = True
     elif mode != "full":
         raise ValueError(f"unknown activation checkpointing {mode!r}; valid: none, full, selective")
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
+    model.activation_checkpointing_enable(kwargs)
 
 
 def draws_random_numbers(model: PreTrainedModel) -> bool:

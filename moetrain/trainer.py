@@ -49,6 +49,7 @@ from moetrain.guard import Guard, check_writable
 from moetrain.loss import without_logits
 from moetrain.metrics import EvalRecord, Metrics, StepRecord
 from moetrain.metrics.device import DeviceTimes
+from moetrain.metrics.sinks import check_sinks
 from moetrain.moe.balance import BiasUpdate, LoadStats
 from moetrain.optim import AdamW, build_scheduler, clip_factor, grad_norm, keep_settings
 from moetrain.prepare import (
@@ -99,8 +100,7 @@ def train(config: RunConfig, expect: facts.Expect | None = None) -> bool:
             run.metrics.say(f"train.max_minutes={config.train.max_minutes} is over after step {step}")
         run.evaluate(step)
         run.save(step)
-        run.metrics.event("done", step)
-        run.metrics.finish()
+        run.metrics.done(step)
         if config.checkpoint.export:
             run.export()
         return True
@@ -154,7 +154,7 @@ class Run:
         seconds, before = time.perf_counter() - begin, self.own_seconds
         self.own_seconds = self.metrics.own_seconds() - own
         self.guard.beat(step)
-        layers, memory = numbers.layers, facts.read_memory()
+        layers, memory = numbers.layers, facts.read_memory(anew=True)
         self.metrics.step(
             StepRecord(
                 step=step,
@@ -317,6 +317,7 @@ def setup(config: RunConfig, expect: facts.Expect | None = None) -> Run:
     output_dir = Path(config.output_dir)
     mesh.layout(mesh.world_size(), config.parallel.ep_size, config.parallel.dp_replicate_size)
     check_resume(config.checkpoint.resume)
+    check_sinks(config.metrics.sinks)
     if mesh.rank() == 0:
         output_dir.mkdir(parents=True, exist_ok=True)
         check_writable(output_dir)

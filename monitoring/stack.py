@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
 import os
 import shutil
 import signal
@@ -34,6 +35,7 @@ OTHER_NAMES = {"prometheus-alertmanager": "alertmanager"}
 PORTS = {"prometheus": 9090, "alertmanager": 9093, "grafana": 3000}
 READY_SECONDS, END_SECONDS, LOOK_SECONDS = 30.0, 10.0, 1.0
 ENDS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_LIBC = ctypes.CDLL(None)
 
 
 @dataclass(frozen=True)
@@ -232,7 +234,8 @@ def running(options: Options) -> Iterator[Stack]:
 
 @contextlib.contextmanager
 def process(command: Sequence[str], log: BinaryIO, environment: Mapping[str, str]) -> Iterator[subprocess.Popen[bytes]]:
-    """A process in a session of its own, so that Ctrl-C reaches it through us alone; at the end it is gone."""
+    """A process in a session of its own, so that Ctrl-C reaches it through us alone; at the end it is gone, and also
+    where we are killed and cannot end it."""
     started = subprocess.Popen(
         command,
         stdin=subprocess.DEVNULL,
@@ -240,6 +243,7 @@ def process(command: Sequence[str], log: BinaryIO, environment: Mapping[str, str
         stderr=log,
         env={**os.environ, **environment},
         start_new_session=True,
+        preexec_fn=_end_with_parent,
     )
     try:
         yield started
@@ -250,6 +254,12 @@ def process(command: Sequence[str], log: BinaryIO, environment: Mapping[str, str
         except subprocess.TimeoutExpired:
             started.kill()
             started.wait()
+
+
+def _end_with_parent() -> None:
+    """In the child: Linux sends SIGTERM when the thread that started it is no more."""
+    pr_set_pdeathsig = 1
+    _LIBC.prctl(pr_set_pdeathsig, int(signal.SIGTERM))
 
 
 def wait_until_ready(name: str, process: subprocess.Popen[bytes], url: str, log: Path) -> None:

@@ -4,9 +4,9 @@
     torchrun --nproc-per-node 4 -m moetrain.bench.curves configs/curves.yaml data.batch_size=2
 
 moetrain runs the steps of `moetrain train`. Transformers runs on one GPU: bf16 weights and arithmetic, torch's fused
-AdamW on an fp32 copy of the weights, as `optim.states: master`. It runs twice, the second time with each batch in two passes, which is the
-same arithmetic in another order: how far its two curves lie apart is the noise of bf16, and moetrain's should lie no
-further from them.
+AdamW on an fp32 copy of the weights, as `optim.states: master`. It runs twice, the second time with each batch in two
+passes, which is the same arithmetic in another order: how far its two curves lie apart is the noise of bf16, and
+moetrain's should lie no further from them.
 """
 
 from __future__ import annotations

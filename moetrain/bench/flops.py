@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
-from moetrain.families import experts_modules
+from moetrain.families import experts_modules, top_k_of
 
 BF16_TFLOP_PER_S = 790.0
 """A large bf16 product on one H100 or H200 (8192^3, measured); the data sheet's 989 is out of reach at its power."""
@@ -28,16 +28,16 @@ def flop_per_token(config: PreTrainedConfig, seq_len: int) -> float:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="eager")
     modules: list[Any] = list(model.modules())
-    top_k: int = config.get_text_config().num_experts_per_tok
+    top_k = top_k_of(config.get_text_config()) if experts_modules(model) else 0
     attention = [module for module in modules if hasattr(module, "is_causal") and hasattr(module, "layer_idx")]
     scans = [module for module in modules if hasattr(module, "ssm_state_size")]
-    flop = 6.0 * _active_weights(model, top_k)
+    flop = 6.0 * active_weights(model, top_k)
     flop += sum(_scores_and_values(module, seq_len) for module in attention)
     flop += sum(21.0 * module.intermediate_size * module.ssm_state_size for module in scans)
     return float(flop)
 
 
-def _active_weights(model: Any, top_k: int) -> float:
+def active_weights(model: Any, top_k: int) -> float:
     """Weights that multiply a token: all matrices but the embeddings, and of the experts those that it chooses."""
     experts: dict[Any, Any] = {module: module.num_experts for _, module in experts_modules(model)}  # type: ignore
     total = 0.0

@@ -1,13 +1,15 @@
 """What recording costs a training step: `python -m moetrain.bench.metrics`.
 
 Everything that a step does for its record alone is timed, on rank 0, which does most: unpacking what came from the
-device, phases, memory, the record and its hand-over. Between two steps the thread sleeps, as it waits for a GPU; the
-console, the file and the scrapes have that time.
+device, phases, memory, the record and its hand-over. Between two steps the thread computes without Python's lock, as it
+would wait for a GPU; the console, the file and the scrapes have that time. On a GPU the times of its exchanges are
+measured too. Times are those of the clock and, to tell the load of the machine apart, of the thread itself.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import io
 import statistics
 import tempfile
@@ -15,25 +17,38 @@ import threading
 import time
 import urllib.request
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
+import torch
 from rich.console import Console
 
 from moetrain.config import MetricsConfig
 from moetrain.facts import read_memory
 from moetrain.metrics import Metrics, StepRecord
+from moetrain.metrics.device import DeviceTimes, timed
 from moetrain.readback import layer_loads
 
 LAYERS, EXPERTS = 48, 128
-WAIT_SECONDS = 0.005
+SECTIONS = 5 * LAYERS
+"""Exchanges of an eager step by all-to-all: counts, rows, their sums, and two gradients of each layer."""
+WORK = bytes(4 << 20)
+"""A few milliseconds of hashing."""
 
 
-def measure_step(steps: int, expert_matrix: bool = False, scrapes_per_second: float = 0.0) -> list[float]:
-    """Seconds that each of `steps` steps spends on its record, of a model like Qwen3-30B-A3B on 128 ranks."""
+class Cost(NamedTuple):
+    """Seconds of one step."""
+
+    clock: float
+    thread: float
+
+
+def measure_step(steps: int, expert_matrix: bool = False, scrapes_per_second: float = 0.0) -> list[Cost]:
+    """What each of `steps` steps spends on its record, of a model like Qwen3-30B-A3B on 128 ranks."""
     generator = np.random.default_rng(0)
     columns_L4, counts_LE = generator.random((LAYERS, 4)), generator.random((LAYERS, EXPERTS))
     config = MetricsConfig(prometheus_port=0, expert_matrix=expert_matrix)
-    console, seconds = Console(file=io.StringIO()), []
+    console, costs = Console(file=io.StringIO()), []
     with tempfile.TemporaryDirectory() as folder:
         metrics = Metrics(config, folder, 0, steps, console=console)
         metrics.describe({str(layer): EXPERTS for layer in range(LAYERS)}, {})
@@ -41,14 +56,38 @@ def measure_step(steps: int, expert_matrix: bool = False, scrapes_per_second: fl
         scraper = threading.Thread(target=_scrape, args=(metrics, scrapes_per_second, done))
         scraper.start()
         for step in range(1, steps + 1):
-            time.sleep(WAIT_SECONDS)
-            begin = time.perf_counter()
+            hashlib.sha256(WORK)
+            begin, own = time.perf_counter(), time.thread_time()
             _record(metrics, step, columns_L4, counts_LE if expert_matrix else None)
-            seconds.append(time.perf_counter() - begin)
+            costs.append(Cost(time.perf_counter() - begin, time.thread_time() - own))
         done.set()
         scraper.join()
         metrics.close()
-    return seconds
+    return costs
+
+
+def measure_sections(steps: int, device: torch.device) -> list[Cost]:
+    """What each of `steps` steps spends on measuring its exchanges, which do nothing here."""
+    times, costs = DeviceTimes(device), []
+    for _ in range(steps):
+        begin, own = time.perf_counter(), time.thread_time()
+        with times.measured():
+            for _ in range(SECTIONS):
+                with timed("collective_wait", device, many=True):
+                    pass
+        times.take()
+        costs.append(Cost(time.perf_counter() - begin, time.thread_time() - own))
+    return costs
+
+
+def measure_memory(steps: int) -> list[Cost]:
+    """What each of `steps` steps spends on asking for its memory."""
+    costs = []
+    for _ in range(steps):
+        begin, own = time.perf_counter(), time.thread_time()
+        read_memory(anew=True)
+        costs.append(Cost(time.perf_counter() - begin, time.thread_time() - own))
+    return costs
 
 
 def _record(metrics: Metrics, step: int, columns_L4: np.ndarray, counts_LE: np.ndarray | None) -> None:
@@ -57,7 +96,7 @@ def _record(metrics: Metrics, step: int, columns_L4: np.ndarray, counts_LE: np.n
         with metrics.phase(name):
             pass
     metrics.move(1e-3, "forward_backward", "collective_wait")
-    layers, memory = layer_loads(columns_L4), read_memory()
+    layers, memory = layer_loads(columns_L4), read_memory(anew=True)
     metrics.step(
         StepRecord(
             step=step,
@@ -89,16 +128,27 @@ def _scrape(metrics: Metrics, per_second: float, done: threading.Event) -> None:
         urllib.request.urlopen(url).read()
 
 
+def _row(name: str, costs: Sequence[Cost]) -> str:
+    clock, thread = (sorted(1e6 * cost[column] for cost in costs) for column in (0, 1))
+    late = clock[int(0.99 * len(clock))]
+    own = statistics.median(thread)
+    return f"{name:<46}{own:>8.0f}{statistics.median(clock):>8.0f}{statistics.fmean(clock):>8.0f}{late:>8.0f}"
+
+
 def main(words: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Time what recording costs a training step.")
     parser.add_argument("--steps", type=int, default=1000, metavar="N", help="steps of each case (default: 1000)")
     args = parser.parse_args(words)
-    print(f"{LAYERS} layers of {EXPERTS} experts, rank 0, microseconds a step:  median   mean    99 %")
+    print(f"{LAYERS} layers of {EXPERTS} experts, rank 0. Microseconds a step:")
+    print(f"{'':<46}{'thread':>8}{'median':>8}{'mean':>8}{'99 %':>8}")
     cases = {"nobody scrapes": (False, 0.0), "a scrape a second": (False, 1.0), "the same, expert matrix": (True, 1.0)}
     for name, (matrix, scrapes) in cases.items():
-        micros = sorted(1e6 * value for value in measure_step(args.steps, matrix, scrapes))
-        middle, mean, late = statistics.median(micros), statistics.fmean(micros), micros[int(0.99 * len(micros))]
-        print(f"{name:<58}{middle:>8.0f}{mean:>7.0f}{late:>8.0f}")
+        print(_row(name, measure_step(args.steps, matrix, scrapes)))
+    print(_row("of which memory", measure_memory(args.steps)))
+    if torch.cuda.is_available():
+        device = torch.device("cuda", torch.cuda.current_device())
+        costs = measure_sections(args.steps, device)
+        print(_row(f"{SECTIONS} exchanges outside a CUDA graph, besides", costs))
 
 
 if __name__ == "__main__":

@@ -138,7 +138,7 @@ def build_native(case: Case, ep_size: int) -> Subject:
     set_gate(model, case.gate)
     stats = LoadStats.attach(model)
     if case.activation_checkpointing != "none":
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.activation_checkpointing_enable({"use_reentrant": False})
     optimizers = [
         torch.optim.AdamW(parameters, lr=LR, weight_decay=0.0, fused=True) for parameters in by_mesh(model).values()
     ]

@@ -168,9 +168,7 @@ def _experts_op(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     weights = ExpertWeights(up, down, up_bias, down_bias, transposed, gradient_scale, deferrable)
     rows_RH, weights_R = permute_rows(x_TH, weights_TK, row_TK, row_TK.numel())
-    out_RH, up_RG = forward_rows(
-        rows_RH, weights_R, offsets_E, weights, Activation.parse(activation), outputs=outputs
-    )
+    out_RH, up_RG = forward_rows(rows_RH, weights_R, offsets_E, weights, Activation.parse(activation), outputs=outputs)
     if not outputs:
         return torch.empty_like(x_TH), up_RG
     return sum_rows(out_RH, None, row_TK)[0], up_RG

@@ -5,6 +5,7 @@ records.py      the records, and the reader of metrics.jsonl
 phases.py       where a rank's time goes
 console.py      the lines on the terminal
 file.py         metrics.jsonl
+starts.py       how often a run was started
 background.py   the thread of console and file
 series.py       what Prometheus sees
 endpoint.py     HTTP, TLS, passwords

@@ -102,6 +102,13 @@ def exposure(config: MetricsConfig) -> str | None:
     return None
 
 
+def check_endpoint(config: MetricsConfig) -> None:
+    """Raises ValueError, with the setting, where certificate, key or password of an endpoint cannot be used."""
+    if config.prometheus_port is not None:
+        tls_context(config)
+        _authorization(config)
+
+
 def tls_context(config: MetricsConfig) -> ssl.SSLContext | None:
     """None without a certificate. Raises ValueError, with the setting, for files that cannot be used."""
     if not config.tls_certificate:

@@ -36,8 +36,9 @@ from moetrain.metrics.endpoint import Endpoint, exposure
 from moetrain.metrics.file import History, RunFile, read_history
 from moetrain.metrics.phases import PhaseClock
 from moetrain.metrics.records import FILE_NAME, EvalRecord, Expectation, StepRecord
-from moetrain.metrics.series import STATES, Series
+from moetrain.metrics.series import STATES, RecentMost, Series
 from moetrain.metrics.sinks import Sinks
+from moetrain.metrics.starts import count_start, forget_starts
 
 CLOSE_SECONDS = 10.0
 """How long the end of a run waits for a terminal or a disk that hangs."""
@@ -58,6 +59,7 @@ class Metrics:
 
     Args:
         info: what a report may want to know of the run, such as `vocab_size`; JSON values.
+        goes_on: with the run that is in `output_dir`, if one is; otherwise this is the first start of a new one.
         console: where rank 0 prints; None is rich's global one, on standard output.
 
     Raises:
@@ -72,6 +74,7 @@ class Metrics:
         total_steps: int,
         *,
         info: Mapping[str, Any] | None = None,
+        goes_on: bool = True,
         console: Console | None = None,
     ) -> None:
         self.run = config.run_name or Path(output_dir).resolve().name
@@ -87,6 +90,7 @@ class Metrics:
         self._background: Background | None = None
         self._file: RunFile | None = None
         self._log: ConsoleLog | None = None
+        self._peak = RecentMost()
         self._clock = PhaseClock()
         self._recorded = dict(self._clock.seconds)  # phases at the newest record
         self._state = "setup"
@@ -95,7 +99,9 @@ class Metrics:
         self._sinks = Sinks(config.sinks, output_dir, config.log_every) if rank == 0 and config.sinks else None
         self.series.set(steps_planned=total_steps, step=0)
         if rank == 0:
-            self.series.set(restarts=0, start_timestamp_seconds=time.time())
+            starts = count_start(Path(output_dir), time.time(), goes_on)
+            self._restarts, self._first_start = starts.count - 1, starts.first
+            self.series.set(restarts=self._restarts, start_timestamp_seconds=self._first_start)
         self._publish()
         self.endpoint = self._open_endpoint() if config.prometheus_port is not None else None
 
@@ -157,10 +163,13 @@ class Metrics:
         self.series.set(step=step)
         if self._rank > 0:
             return
-        with _warned(f"{self._path} cannot be read"):
+        try:
             self._history = read_history(self._path, step)
-        self.series.set(resumed_step=step, restarts=max(self._history.starts, 1))
-        self.series.set(start_timestamp_seconds=self._history.first_start or time.time())
+        except OSError as error:
+            logger.warning("%s cannot be read, training goes on: %s", self._path, error.strerror)
+        self._restarts = max(self._restarts, self._history.starts, 1)  # a run that was done can go on too
+        self._first_start = self._history.first_start or self._first_start
+        self.series.set(resumed_step=step, restarts=self._restarts, start_timestamp_seconds=self._first_start)
         self.series.add(productive_seconds=self._history.productive_seconds)
         self._publish()
 
@@ -201,7 +210,8 @@ class Metrics:
         series.observe_step(record.step_seconds)
         series.set(step=record.step, last_step_seconds=record.step_seconds, last_step_timestamp_seconds=now)
         if record.memory is not None:
-            series.memory = record.memory[:3]
+            allocated, reserved, peak, _ = record.memory
+            series.memory = (allocated, reserved, self._peak.of(peak, now))
             series.set(gpu_memory_total_bytes=record.memory.total)
         if self._rank == 0:
             series.add(productive_seconds=record.step_seconds)
@@ -277,6 +287,13 @@ class Metrics:
         self._state = "done"
         self._publish()
         self._finished = True
+
+    def done(self, step: int) -> None:
+        """All steps are made: the next start is that of another run, or of more steps."""
+        self.event("done", step)
+        if self._rank == 0:
+            forget_starts(self._path.parent)
+        self.finish()
 
     def close(self) -> None:
         """Stop the progress bar, close file and endpoint. Without `finish` before it, the ranks stay in service
@@ -356,12 +373,12 @@ class Metrics:
             self._file = RunFile(self._path, self._start_step)
             about = {"run": self.run, "total_steps": self._total_steps, "start_step": self._start_step}
             job = os.environ.get("SLURM_JOB_ID", "")
-            about |= {"slurm_job_id": job, **self.info}
+            about |= {"slurm_job_id": job, "restarts": self._restarts, **self.info}
             self._file.write("run", about, now)
             if self._sinks is not None:
                 self._sinks.start(about)
-            if self._history.starts:
-                restarted = {"event": "restart", "step": self._start_step, "restarts": self._history.starts}
+            if self._restarts:
+                restarted = {"event": "restart", "step": self._start_step, "restarts": self._restarts}
                 self._file.write("event", restarted, now)
         self._file.write(kind, record, now)
 
@@ -375,15 +392,6 @@ class Metrics:
             self._log.close()
         if self._file is not None:
             self._file.close()
-
-
-@contextlib.contextmanager
-def _warned(what: str) -> Iterator[None]:
-    """A disk that fails is a warning."""
-    try:
-        yield
-    except OSError as error:
-        logger.warning("%s, training goes on: %s", what, error.strerror)
 
 
 def _or_zero(value: float) -> float:

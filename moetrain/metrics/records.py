@@ -26,7 +26,7 @@ class Memory(NamedTuple):
     allocated: int
     reserved: int
     peak: int
-    """Most that was allocated since the start."""
+    """Most that was allocated since the record before; on a CPU, since the start."""
     total: int
 
 
@@ -44,9 +44,10 @@ class LayerLoads:
     """Of the load over experts, as a share of its maximum ln E; 1 is perfect."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class StepRecord:
-    """One optimizer step, over all ranks except where it says rank."""
+    """One optimizer step, over all ranks except where it says rank. Not frozen: that would cost more than all else that
+    is done with it on the training thread."""
 
     step: int
     """Counts from 1."""
@@ -61,7 +62,7 @@ class StepRecord:
     """All ranks; all tokens, padding of unpacked rows excluded."""
     step_seconds: float
     memory_bytes: int
-    """This rank: peak allocated on a GPU, resident set on a CPU."""
+    """This rank: `Memory.peak`."""
     expert_load_max_over_mean: float | None = None
     """Busiest expert's tokens over the mean, worst layer; 1 is perfect. None for a dense model."""
     idle_experts: int | None = None

@@ -31,6 +31,8 @@ PREFIX = "moetrain_"
 STEP_SECONDS_BUCKETS = (0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1, 1.5, 2, 3, 5, 10, 30, 60, 300)
 STATES = ("setup", "train", "evaluate", "checkpoint", "done")
 MEMORY_KINDS = ("allocated", "reserved", "peak")
+WINDOW_SECONDS = 60.0
+"""Longer than the time between two scrapes."""
 
 COUNTERS = {
     "tokens": "Tokens of this rank that went through the model",
@@ -59,7 +61,7 @@ RUN_GAUGES = {
     "gradient_norm": "Global gradient norm of the newest step, before clipping",
     "learning_rate": "Learning rate of the newest step",
     "expected_tokens_per_second_per_gpu": "Throughput of the plan",
-    "restarts": "Times that the run was started again",
+    "restarts": "Times that the run was started again, since its first start or since it was done",
     "start_timestamp_seconds": "Unix time of the run's first start",
     "resumed_step": "Step that this start went on from",
     "last_checkpoint_timestamp_seconds": "Unix time of the newest training checkpoint",
@@ -72,6 +74,21 @@ LAYER_GAUGES = {
     "idle_experts": ("idle_experts", "Experts without a token in the newest step, by layer"),
     "expert_load_entropy_ratio": ("entropy", "Entropy of the load over its maximum, by layer"),
 }
+
+
+class RecentMost:
+    """The largest value of the last one to two WINDOW_SECONDS, so that a scrape misses no step's."""
+
+    def __init__(self) -> None:
+        self._begun, self._most, self._before = -math.inf, -math.inf, -math.inf
+
+    def of(self, value: float, now: float) -> float:
+        """Take a value at the time `now`, in seconds; the largest of late."""
+        if now - self._begun >= WINDOW_SECONDS:
+            self._before = self._most if now - self._begun < 2 * WINDOW_SECONDS else -math.inf
+            self._begun, self._most = now, -math.inf
+        self._most = max(self._most, value)
+        return max(self._most, self._before)
 
 
 class _Shown(NamedTuple):

@@ -15,7 +15,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from moetrain import mesh
 from moetrain.config import RunConfig
-from moetrain.families import experts_modules
+from moetrain.families import experts_modules, top_k_of
 from moetrain.plan.constants import GPUS
 from moetrain.plan.exchange import CAPTURED
 from moetrain.plan.layout import Layout
@@ -223,12 +223,6 @@ def _expert_layer(name: str, module: Any, sizes: Sizes, step: Step) -> ExpertLay
     return ExpertLayer(
         name, module.num_experts, step.batch * step.seq_len, width, sizes.top_k, module.down_proj.itemsize
     )
-
-
-def top_k_of(text: Any) -> int:
-    """Experts of a token, by the names that model configurations have for it."""
-    names = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "top_k_experts")
-    return next(value for name in names if isinstance(value := getattr(text, name, None), int))
 
 
 def _width(mixer: Any) -> int:

@@ -55,7 +55,7 @@ class Cost(NamedTuple):
 
 def cost_of(func: Any, args: Any, kwargs: Any, out: Any, in_head: bool) -> Cost:
     """What an operator costs, from its arguments and its result on the meta device."""
-    name, packet = func._schema.name, func._overloadpacket
+    name = func._schema.name
     if name in _OWN:
         return _OWN[name](*args)
     if func.is_view or name in _FREE:

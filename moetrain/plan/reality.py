@@ -24,12 +24,13 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 
 import moetrain.moe.layer as moe_layer
+from moetrain import graph
 from moetrain.auto import AutoModelForCausalLM
 from moetrain.bench.shapes import SHAPES, experts_module, layer_shape
 from moetrain.config import OptimConfig
 from moetrain.moe.layer import local_experts_forward
 from moetrain.plan import spread
-from moetrain.plan.constants import GIB, GPUS, RANDOM_WEIGHTS
+from moetrain.plan.constants import ALL_LAYERS, GIB, GPUS, RANDOM_WEIGHTS
 from moetrain.plan.exchange import CAPTURED, EVEN, Balance
 from moetrain.plan.layout import Layout
 from moetrain.plan.memory import Memory, Unit, memory_of, units_of
@@ -92,6 +93,11 @@ MARGIN = 1.25
 """Room over the fullest call of a layer in the captured steps that were measured, each layer with memory of its own."""
 SEQUENTIAL = Step(dispatch="nvlink", rows_over_mean=MARGIN, compiled=True)
 LEARNED = replace(SEQUENTIAL, rows_over_mean=RANDOM_WEIGHTS * MARGIN)
+STACKED = replace(
+    SEQUENTIAL,
+    rows_over_mean=RANDOM_WEIGHTS * graph.MARGIN,
+    stacked_over_mean=min(RANDOM_WEIGHTS, ALL_LAYERS) * graph.STACK_MARGIN,
+)
 OF_FOUR = 1 + (RANDOM_WEIGHTS - 1) / 2
 """`RANDOM_WEIGHTS` of four sequences: what one brings beyond the mean is its own, so the sum's excess is half. So was
 that of the fullest expert: 11.9 times the mean with one sequence, 6.5 with four."""
@@ -125,6 +131,36 @@ ROWS = (
         "the same, batch 4, full activation checkpointing", OURS, 66.0, QWEN, FOUR,
         replace(LEARNED, batch=4, checkpointing="full", rows_over_mean=OF_FOUR * MARGIN), 1211.0, 82.9,
         balance=Balance("learned", OF_FOUR), note="As the row before, and of four sequences together 1.17 times.",
+    ),
+    Row(
+        "Qwen3-30B-A3B, 4 H200, captured, batch 1, learned gate, rows of all layers in one stack",
+        OURS, 72.24, QWEN, FOUR, STACKED, 261.6, 90.3,
+        balance=Balance("learned", RANDOM_WEIGHTS), note="As the learned gate above.",
+    ),
+    Row(
+        "the same, batch 4, selective activation checkpointing", OURS, 67.69, QWEN, FOUR,
+        replace(LEARNED, batch=4, checkpointing="selective", rows_over_mean=OF_FOUR * graph.MARGIN), 1087.8, 89.6,
+        balance=Balance("learned", OF_FOUR), note="As batch 4 above.",
+    ),
+    Row(
+        "GPT-OSS-20B, 4 H200, captured, batch 2, learned gate", OURS, 67.01, "gpt-oss-20b", FOUR,
+        replace(LEARNED, batch=2), 475.0, 85.6, balance=Balance("learned", RANDOM_WEIGHTS),
+    ),
+    Row(
+        "Nemotron-3-Nano-30B-A3B, 4 H200, captured, batch 1, learned gate", OURS, 66.69,
+        "nemotron-3-nano-30b-a3b", FOUR, LEARNED, 226.2, 89.1, balance=Balance("learned", RANDOM_WEIGHTS),
+    ),
+    Row(
+        "Qwen3-30B-A3B cut to 12 layers, 2 H200, captured, batch 1, learned gate", OURS, 35.64,
+        f"{QWEN}, 12 layers", Layout(1, 2, 2), STACKED, 76.6, 46.1, balance=Balance("learned", RANDOM_WEIGHTS),
+    ),
+    Row(
+        "Qwen3-30B-A3B cut to 8 layers, one H200, captured, batch 1", OURS, 42.1, f"{QWEN}, 8 layers",
+        Layout(1, 1, 1), Step(compiled=True), 48.4, 46.5,
+    ),
+    Row(
+        "Transformers 5.23, the same, eager", OURS, 44.4, f"{QWEN}, 8 layers", Layout(1, 1, 1),
+        Step(kernels="torch", loss="plain"), system="transformers", note="As Transformers below.",
     ),
     Row(
         "Qwen3-30B-A3B, 8 H200, EP=8, batch 1, `alltoall`, eager, SDPA, layers not compiled",
@@ -230,15 +266,16 @@ _SYSTEMS: dict[str, Callable[[str], tuple[Callable[[], PreTrainedModel], Any]]] 
     "automodel": build_automodel,
     "automodel with mtp": build_automodel_with_mtp,
 }
-SHAPE_OF = SHAPES | LARGE
+SHAPE_OF = SHAPES | LARGE | {f"{QWEN}, {n} layers": SHAPES[QWEN] | {"num_hidden_layers": n} for n in (8, 12)}
 
 
 def _build(model: str, experts_implementation: str | None = None, **changes: Any) -> PreTrainedModel:
     kwargs = {} if experts_implementation is None else {"experts_implementation": experts_implementation}
     config = AutoConfig.for_model(**SHAPE_OF[model] | changes)
+    has_sdpa = AutoModelForCausalLM._model_mapping[type(config)]._supports_sdpa
     with torch.device("meta"):
         made: PreTrainedModel = AutoModelForCausalLM.from_config(
-            config, dtype=torch.bfloat16, attn_implementation="sdpa", **kwargs
+            config, dtype=torch.bfloat16, attn_implementation="sdpa" if has_sdpa else "eager", **kwargs
         )
     return made
 

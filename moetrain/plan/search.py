@@ -209,7 +209,8 @@ class Planner:
             for checkpointing in [choices.checkpointing] if choices.checkpointing else CHECKPOINTING:
                 fastest = 0.0
                 for batch in [choices.batch] if choices.batch else BATCHES:
-                    found = [self.evaluate(layout, batch, checkpointing, exact=False) for layout in layouts]
+                    exact = choices.batch is not None  # a trace of one row saves none where one batch is looked at
+                    found = [self.evaluate(layout, batch, checkpointing, exact) for layout in layouts]
                     yield from found
                     before, fastest = fastest, max((c.time.tokens_per_second for c in found if c.fits), default=0.0)
                     if fastest < WORTH_A_BATCH * before or not fastest:

@@ -117,7 +117,7 @@ class FileSource:
 
     def _snapshot(self) -> Snapshot:
         run = str(self._about.get("run") or self._folder.resolve().name)
-        shot = Snapshot(run=run, now=time.time(), restarts=max(self._starts - 1, 0))
+        shot = Snapshot(run=run, now=time.time(), restarts=max(self._starts - 1, _int(self._about.get("restarts"))))
         shot.total_steps = _int(self._about.get("total_steps"))
         shot.ranks = max(_int(self._about.get("world_size")), 1)
         shot.events = [f"{clock(number_of(e.get('time')))} UTC  {event_text(e)}" for e in self._events]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import http.client
 import json
 import math
 import time
@@ -167,8 +168,12 @@ class PrometheusSource:
                     "http://name:password@host:9090"
                 ) from error
             raise ValueError(f"{self._base} answers {error.code} {error.reason} to {path}") from error
-        except json.JSONDecodeError as error:
+        except http.client.HTTPException as error:  # it ended amid an answer
+            raise ConnectionError(f"its answer breaks off: {type(error).__name__}") from error
+        except ValueError as error:
             raise ValueError(f"{self._base} is no Prometheus: its answer is no JSON") from error
+        if not isinstance(answer, dict) or "data" not in answer:
+            raise ValueError(f"{self._base} is no Prometheus: its answer has no data")
         return answer["data"]
 
 

@@ -8,6 +8,7 @@ import json
 import os
 import socket
 import sys
+import tomllib
 from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
@@ -123,3 +124,14 @@ def test_gpus_and_their_peers(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [gpu["peers"] for gpu in found] == [1, 2, 1]
     assert found[0] == {"name": "NVIDIA Test", "memory_bytes": 80 * 2**30, "capability": "9.0", "peers": 1}
     assert doctor.why_no_gpu() == ""
+
+
+def test_pins_are_those_of_the_lock(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    lock = tomllib.loads((Path(doctor.__file__).parents[1] / "containers/versions.lock").read_text(encoding="utf-8"))
+    pins = lock["python"] | lock["gpu" if torch.version.cuda else "cpu"]
+    found = doctor.pinned()
+    assert found["torch"] == pins["torch"]["version"] and found["liger_kernel"] == pins["liger-kernel"]["version"]
+    assert found["deep_ep"] == lock["sources"]["deep_ep"]["version"] and "mamba_ssm" not in found
+    monkeypatch.setattr(doctor, "__file__", str(tmp_path / "moetrain/doctor.py"))
+    monkeypatch.chdir(tmp_path)
+    assert doctor.pinned() == {}

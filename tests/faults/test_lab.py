@@ -156,8 +156,9 @@ def test_the_prolog_drains_an_unfit_node_and_lets_a_fit_one_work(tmp_path: Path)
     site.write_text("[preflight]\nfree_gb = 1e9\n")
     with running_lab(nodes=2, extra=[f"Prolog={tmp_path}/cluster/prolog.sh"]) as small:
         job_id = small.run("sbatch", "--parsable", "-N1", "-o", str(tmp_path / "out"), "--wrap", "hostname").strip()
+        # not "drain": slurmctld drains the node once more, for the prolog's exit code, and then takes the job off it
         drained = wait_until(
-            lambda: small.run("sinfo", "-h", "-N", "-t", "drain", "-o", "%N").split(), "a drained node"
+            lambda: small.run("sinfo", "-h", "-N", "-t", "drained", "-o", "%N").split(), "a drained node"
         )
         reasons = small.run("sinfo", "-h", "-R", "-o", "%E")
         assert "preflight: CRITICAL disk /tmp has" in reasons and "expected 1,000,000,000" in reasons

@@ -37,6 +37,7 @@ __all__ = [
     "DISPATCHERS",
     "Dispatched",
     "Dispatcher",
+    "RankedDispatcher",
     "StaticDispatcher",
     "build_dispatcher",
     "dispatchers_of",
