@@ -12,6 +12,9 @@ export PIP_BUILD_CONSTRAINT := constraints.txt
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 SUDO := $(if $(filter-out 0,$(shell id -u)),sudo)
 SLURM_PACKAGES := slurmctld slurmd slurm-client slurm-wlm-basic-plugins munge
+MONITOR_PACKAGES := prometheus prometheus-alertmanager chromium
+# Faults of the simulated cluster, with the second in which each begins; `--help` lists them.
+DEMO ?= --fault straggler@60 --fault dead-expert@60 --fault memory@120 --fault xid@180
 # Images: TARGET=gpu|cpu, ENGINE=docker|podman|buildah (found by itself), ENGINE_ARGS for the engine's build command.
 TARGET ?= gpu
 IMAGE ?= moetrain:$(TARGET)
@@ -19,6 +22,7 @@ IMAGE_FILES := build/moetrain-$(TARGET)
 
 .DEFAULT_GOAL := help
 .PHONY: help train test check format test-gpu parity lock clean lab-deps lab-up lab-down test-lab \
+    monitor-deps monitor demo-cluster dashboards test-monitor \
     image sqsh sbom image-check versions-check test-image
 
 help: ## This list
@@ -57,6 +61,22 @@ lab-down: $(VENV)/.ready ## Stop it
 
 test-lab: $(VENV)/.ready ## All tests on the lab: `make test` has the short ones (slow)
 	$(PYTEST) tests/dist/test_lab.py tests/faults/test_lab.py
+
+monitor-deps: ## Prometheus, Alertmanager and Chromium from the distribution's packages (Debian, Ubuntu)
+	$(SUDO) apt-get update --quiet
+	$(SUDO) apt-get install --quiet --yes --no-install-recommends $(MONITOR_PACKAGES)
+
+monitor: $(VENV)/.ready ## Watch the runs below runs/: Prometheus, Alertmanager, Grafana where installed, until Ctrl-C
+	$(BIN)/python -m monitoring.stack
+
+demo-cluster: $(VENV)/.ready ## 128 simulated ranks for `make monitor` to watch, with the faults in DEMO, until Ctrl-C
+	$(BIN)/python -m monitoring.demo $(DEMO)
+
+dashboards: $(VENV)/.ready ## Write the dashboards' JSON from their code
+	$(BIN)/python -m monitoring.dashboards
+
+test-monitor: $(VENV)/.ready ## Every fault raises its alert and clears, a real run is watched (slow)
+	$(PYTEST) tests/faults/test_monitoring.py tests/dist/test_monitoring_live.py
 
 image: $(VENV)/.ready ## Build the container image (TARGET=gpu|cpu, ENGINE=docker|podman|buildah)
 	$(BIN)/python -m containers.build image $(TARGET) --tag $(IMAGE) --engine '$(ENGINE)' -- $(ENGINE_ARGS)

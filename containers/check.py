@@ -50,10 +50,9 @@ def check_constraints(lock: dict[str, Any], text: str) -> list[str]:
 
 
 def check_pyproject(lock: dict[str, Any], text: str) -> list[str]:
-    """Every requirement, optional ones too, is pinned for both targets to a version that it allows."""
+    """Every requirement, nearly all optional ones too, is pinned for both targets to a version that it allows."""
     project = tomllib.loads(text)
-    lines = [*project["project"]["dependencies"], *project["build-system"]["requires"]]
-    lines += [line for extra in project["project"]["optional-dependencies"].values() for line in extra]
+    lines = [*pins.declared(project), *project["build-system"]["requires"]]
     problems = []
     for target in pins.TARGETS:
         found = pins.packages(lock, target)

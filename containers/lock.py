@@ -23,6 +23,8 @@ NVIDIA = re.compile(r"nvidia-|cuda-")
 HEADER = (
     "# Written by `make lock` from containers/versions.lock: every package of the environment, as pip's constraints.\n"
 )
+UNPINNED = {"wandb"}
+"""Extras that neither images nor tests have: a client of a service, which that service's account holder installs."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,13 @@ def packages(lock: dict[str, Any], target: str) -> dict[str, Package]:
             name, pin["version"], pin["why"], tuple(pin["sha256"]), pin.get("test", False), pin.get("source", False)
         )
     return found
+
+
+def declared(project: dict[str, Any]) -> list[str]:
+    """Requirements of a pyproject.toml that the lock pins: those of the package and of all extras but `UNPINNED`."""
+    extras = project["project"]["optional-dependencies"].items()
+    optional = [line for extra, lines in extras if extra not in UNPINNED for line in lines]
+    return [*project["project"]["dependencies"], *optional]
 
 
 def image(lock: dict[str, Any], name: str) -> str:

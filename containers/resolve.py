@@ -26,7 +26,7 @@ PYTHONS = {"gpu": ("3.12",), "cpu": ("3.11", "3.12")}
 PLATFORMS = [*(f"manylinux_2_{minor}_x86_64" for minor in range(28, 4, -1)), "linux_x86_64"]
 PLATFORMS += ["manylinux2014_x86_64", "manylinux2010_x86_64", "manylinux1_x86_64"]
 NEEDED = "needed by"
-TEST_ONLY = re.compile(r"pytest|mypy|ruff|types-")
+TEST_ONLY = re.compile(r"pytest|mypy|ruff|types-|jsonschema|grafana-foundation-sdk")
 
 Found = dict[str, dict[str, Any]]  # packages by name, each {"version", "hash", "requires"}
 
@@ -42,11 +42,9 @@ def name_of(requirement: str) -> str:
 
 
 def declared() -> list[str]:
-    """All requirements of pyproject.toml, optional ones too, and those of its build."""
+    """All requirements of pyproject.toml that the lock pins, and those of its build."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-    extras = project["project"]["optional-dependencies"].values()
-    return [*project["project"]["dependencies"], *(line for lines in extras for line in lines),
-            *project["build-system"]["requires"]]  # fmt: skip
+    return [*pins.declared(project), *project["build-system"]["requires"]]
 
 
 def resolve(requirements: list[str], constraints: list[str], python: str) -> Found:

@@ -51,6 +51,7 @@ from moetrain.metrics import EvalRecord, Metrics, StepRecord
 from moetrain.metrics.device import DeviceTimes
 from moetrain.metrics.sinks import check_sinks
 from moetrain.moe.balance import BiasUpdate, LoadStats
+from moetrain.moe.dispatch.static import forget_exchanges
 from moetrain.optim import AdamW, build_scheduler, clip_factor, grad_norm, keep_settings
 from moetrain.prepare import (
     build_model,
@@ -103,6 +104,7 @@ def train(config: RunConfig, expect: facts.Expect | None = None) -> bool:
         run.metrics.done(step)
         if config.checkpoint.export:
             run.export()
+        forget_exchanges()
         return True
     finally:
         run.close()

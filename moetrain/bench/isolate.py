@@ -25,6 +25,7 @@ import torch
 import torch.distributed as dist
 
 from moetrain import mesh
+from moetrain.moe.dispatch.static import forget_exchanges
 
 POLL_SECONDS = 0.1
 LIMIT_SECONDS = 1800.0
@@ -155,6 +156,7 @@ def join_group(name: str | None = None) -> torch.device:
 
 def leave_group() -> None:
     if dist.is_initialized():
+        forget_exchanges()  # their buffers go before the group that they were made with
         dist.destroy_process_group()
 
 

@@ -278,7 +278,8 @@ class _Recorder(TorchDispatchMode):
         kwargs = kwargs or {}
         if func is torch.ops.aten._local_scalar_dense.default:
             return True  # the one question that models ask of values: do positions show one document in every row?
-        out = func(*args, **kwargs)
+        # torch 2.11 does not know the second on the meta device
+        out = kwargs["out"] if func is torch.ops.aten.addmm.dtype_out else func(*args, **kwargs)
         cost = cost_of(func, args, kwargs, out, "logits" in self.scope)
         self.add(cost.work, (args, kwargs), out)
         self.trace.aside = max(self.trace.aside, cost.aside)

@@ -16,7 +16,7 @@ ROOT = Path(moetrain.__file__).parent
 FLOORS = (
     ("launch", "launcher", "dry_run", "cli", "top", "__main__"),
     ("plan", "bench"),
-    ("trainer", "prepare", "create"),
+    ("trainer", "prepare", "create", "readback", "facts"),
     ("auto",),
     ("parallelize", "sharded_init", "graph", "compiled"),
     ("moe", "optim", "report", "doctor", "sinks"),

@@ -64,6 +64,10 @@ def steps_of(folder: Path) -> list[int]:
     return [record["step"] for record in lines(folder) if record["kind"] == "step"]
 
 
+def files(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.glob("metrics*"))
+
+
 def write_run(folder: Path, steps: range, resume: int | None = None) -> None:
     out = metrics(folder)
     if resume is not None:
@@ -139,7 +143,7 @@ def test_fresh_start_keeps_the_older_run(tmp_path: Path) -> None:
     for _ in range(3):
         write_run(tmp_path, range(1, 3))
     assert steps_of(tmp_path) == [1, 2]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.1.jsonl", "metrics.2.jsonl", "metrics.jsonl"]
+    assert files(tmp_path) == ["metrics.1.jsonl", "metrics.2.jsonl", "metrics.jsonl"]
 
 
 def test_file_without_steps_is_not_worth_keeping(tmp_path: Path) -> None:
@@ -147,8 +151,8 @@ def test_file_without_steps_is_not_worth_keeping(tmp_path: Path) -> None:
         out = metrics(tmp_path)
         out.eval(EvalRecord(step=0, loss=4.0, tokens=1))
         out.close()
-    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
-    assert len(lines(tmp_path)) == 2
+    assert files(tmp_path) == ["metrics.jsonl"]
+    assert [record["kind"] for record in lines(tmp_path)] == ["run", "event", "eval"]
 
 
 def test_a_step_tells_phases_layers_and_slow_ranks(tmp_path: Path) -> None:
@@ -236,6 +240,54 @@ def test_a_resumed_run_knows_its_past(tmp_path: Path) -> None:
         ("restart", 1, 4),
         ("restart", 2, 4),
     ]
+
+
+def restarts(out: Metrics) -> tuple[float, float]:
+    values = out.series._shown.values
+    return values["restarts"], values["start_timestamp_seconds"]
+
+
+def test_starts_without_a_checkpoint_count(tmp_path: Path) -> None:
+    """Each fails before its first step, or after some; the run that is done at last is none to go on with."""
+    seen = []
+    for steps in (0, 2, 0, 3):
+        out = metrics(tmp_path)
+        seen.append(restarts(out))
+        for step in range(1, steps + 1):
+            out.step(step_record(step))
+        if steps == 3:
+            out.done(3)
+        out.close()
+    assert [count for count, _ in seen] == [0, 1, 2, 3] and len({first for _, first in seen}) == 1
+    run, restart, *_ = lines(tmp_path)
+    assert run["restarts"] == restart["restarts"] == 3 and (restart["event"], restart["step"]) == ("restart", 0)
+    out = metrics(tmp_path)
+    assert restarts(out)[0] == 0 and restarts(out)[1] > seen[0][1]
+    out.resume(3)  # more steps
+    assert restarts(out)[0] == 1
+    out.close()
+
+
+def test_a_run_that_is_not_to_go_on_counts_anew(tmp_path: Path) -> None:
+    metrics(tmp_path).close()
+    for _ in range(2):
+        out = Metrics(MetricsConfig(), tmp_path, 0, 10, goes_on=False, console=Console(file=io.StringIO()))
+        assert restarts(out)[0] == 0
+        out.close()
+    out = metrics(tmp_path)
+    assert restarts(out)[0] == 1
+    out.close()
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"count": "x", "first": 1}', '{"count": 3}'])
+def test_starts_that_cannot_be_read_or_written(tmp_path: Path, content: str, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "starts.json").write_text(content)
+    out = metrics(tmp_path)
+    assert restarts(out)[0] == 0 and not caplog.text
+    out.close()
+    out = metrics(tmp_path / "no" / "such" / "folder")
+    assert restarts(out)[0] == 0 and "this start will not count" in caplog.text
+    out.close()
 
 
 def test_console_lines_without_a_terminal(tmp_path: Path) -> None:

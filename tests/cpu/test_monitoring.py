@@ -19,6 +19,7 @@ from monitoring import stack
 from monitoring.demo.faults import ALERT_OF
 from monitoring.demo.hardware import NODE_METRICS, read_counters
 from monitoring.scaling import scaled, scaled_expression
+from tests.cpu.test_metrics import wait_for
 from tests.monitors import needs_prometheus
 
 ROOT = Path(__file__).parents[2]
@@ -235,23 +236,34 @@ def test_the_configuration_of_the_stack_is_taken(tmp_path: Path) -> None:
     assert "127.0.0.1:2" in text and f"{tmp_path}/data/discovery/moetrain-*.json" in text and "500ms" in text
 
 
-@needs_prometheus
-def test_the_stack_from_a_shell_leaves_nothing(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "monitoring.stack", "--data", str(tmp_path / "data"), "--runs", str(tmp_path)]
+def start_stack(folder: Path) -> tuple[subprocess.Popen[str], list[str]]:
+    """`python -m monitoring.stack` when it is ready, and what it has said."""
+    command = [sys.executable, "-m", "monitoring.stack", "--data", str(folder / "data"), "--runs", str(folder)]
     command += [word for name in stack.PORTS for word in (f"--{name}-port", "0")]
     started = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     lines: list[str] = []
     while not lines or "Ctrl-C" not in lines[-1]:
         lines.append(started.stdout.readline())
         assert lines[-1], lines
-    assert processes_with(str(tmp_path)) >= 3
+    assert processes_with(str(folder)) >= 3
+    return started, lines
+
+
+@needs_prometheus
+def test_the_stack_from_a_shell_leaves_nothing(tmp_path: Path) -> None:
+    started, lines = start_stack(tmp_path)
     started.send_signal(signal.SIGINT)
     started.send_signal(signal.SIGINT)  # impatient
     assert started.wait(15) == 0
-    deadline = time.monotonic() + 5
-    while processes_with(str(tmp_path)):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    wait_for(lambda: not processes_with(str(tmp_path)), 5)
+
+
+@needs_prometheus
+def test_a_stack_that_is_killed_leaves_nothing(tmp_path: Path) -> None:
+    started, _ = start_stack(tmp_path)
+    started.kill()
+    started.wait()
+    wait_for(lambda: not processes_with(str(tmp_path)), 20)
 
 
 @needs_prometheus

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from typing import Any
 
@@ -10,9 +11,10 @@ from transformers import AutoConfig
 
 from moetrain.bench.shapes import SHAPES
 from moetrain.config import RunConfig, parse_config
-from moetrain.plan import expected_tokens_per_second
+from moetrain.plan import expected_tokens_per_second, monitored
 from moetrain.plan.expected import known_gpu
 from moetrain.plan.layout import Layout
+from moetrain.plan.monitored import expect
 from moetrain.plan.search import Machine, Planner
 from tests.families import FAMILIES
 
@@ -48,6 +50,33 @@ def test_it_is_near_the_plan(name: str, world: int, ep: int, sections: dict[str,
     planned = planner.evaluate(layout, config.data.batch_size, config.model.activation_checkpointing)
     found = expected_tokens_per_second(config, AutoConfig.for_model(**SHAPES[name]), "NVIDIA H200", world)
     assert found == pytest.approx(planned.time.tokens_per_second, rel=0.08)
+
+
+def test_operations_of_dense_models_are_counted() -> None:
+    """By hand: projections, MLP and head six times, scores and values of half the positions."""
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "vocab_size": 100}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+    config = run_of("dense", data={"seq_len": 32})
+    weights = 2 * (64 * 64 + 2 * 64 * 32 + 64 * 64 + 3 * 64 * 96) + 64 * 100
+    for tied in (False, True):
+        dense = AutoConfig.for_model("qwen3", **sizes, **heads, tie_word_embeddings=tied)
+        found = expect(config, dense, "cpu", 1).flops_per_token
+        assert found == 6 * weights + 2 * 6 * 4 * 32 * 16
+
+
+def test_where_attention_cannot_be_read_the_weights_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreadable(*_: Any) -> float:
+        raise AttributeError("head_dim")
+
+    monkeypatch.setattr(monitored, "flop_per_token", unreadable)
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "vocab_size": 100}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 16}
+    dense = AutoConfig.for_model("qwen3", **sizes, **heads)
+    weights = 4 * 64 * 64 + 3 * 64 * 96 + 64 * 100
+    assert expect(run_of("dense"), dense, "cpu", 1).flops_per_token == 6 * weights
+    experts = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+    moe = AutoConfig.for_model("qwen3_moe", **sizes, **heads, **experts)
+    assert math.isnan(expect(run_of("moe"), moe, "cpu", 1).flops_per_token)
 
 
 def test_it_takes_little_time() -> None:

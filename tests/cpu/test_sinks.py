@@ -14,10 +14,14 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from moetrain import mesh
 from moetrain.config import MetricsConfig, RunConfig
+from moetrain.dry_run import dry_run
 from moetrain.metrics import EvalRecord, LayerLoads, Metrics, StepRecord
 from moetrain.metrics import sinks as module
 from moetrain.metrics.sinks import Sinks, check_sinks, step_scalars
+from moetrain.trainer import train
+from tests.runs import tiny_config, write_text
 
 needs_tensorboard = pytest.mark.skipif(not importlib.util.find_spec("tensorboard"), reason="no tensorboard here")
 needs_wandb = pytest.mark.skipif(not importlib.util.find_spec("wandb"), reason="no wandb here")
@@ -172,5 +176,33 @@ def test_names_are_checked_with_the_configuration() -> None:
 
 def test_none_by_default(tmp_path: Path) -> None:
     run(tmp_path, [])
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.jsonl"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.jsonl", "starts.json"]
     Sinks([], tmp_path).close()
+
+
+def test_a_dry_run_and_every_rank_find_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before anything is written, downloaded or waited for, on a rank that has no sinks of its own too."""
+    write_text(tmp_path)
+    config = tiny_config(tmp_path, metrics={"sinks": ["tensorboard"]})
+    monkeypatch.setitem(module.PACKAGES, "tensorboard", "no_such_package")
+    for start in (dry_run, train):
+        with pytest.raises(ValueError, match="metrics.sinks names tensorboard"):
+            start(config)
+    monkeypatch.setattr(mesh, "rank", lambda: 1)
+    with pytest.raises(ValueError, match="metrics.sinks names tensorboard"):
+        train(config)
+    assert not (tmp_path / "out").exists() and not (tmp_path / "start").exists()
+    password = {"prometheus_port": 0, "username": "u", "password_file": str(tmp_path / "none")}
+    with pytest.raises(ValueError, match=r"metrics.password_file=.*none cannot be read"):
+        dry_run(tiny_config(tmp_path, metrics=password))
+
+
+def test_a_dry_run_says_where_metrics_go(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_text(tmp_path)
+    dry_run(tiny_config(tmp_path))
+    dry_run(tiny_config(tmp_path, metrics={"prometheus_port": 9640}))
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("ok metrics")]
+    assert said == [
+        "ok metrics metrics.jsonl",
+        "ok metrics metrics.jsonl, Prometheus on 127.0.0.1, port 9640 and the next",
+    ]

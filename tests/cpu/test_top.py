@@ -263,7 +263,15 @@ def run_in_terminal(folder: Path, *words: str) -> tuple[subprocess.Popen[bytes],
     ours, theirs = pty.openpty()
     command = [sys.executable, "-m", "moetrain", "top", str(folder), *words]
     environment = os.environ | {"TERM": "xterm", "COLUMNS": "60", "LINES": "30", "PYTHONIOENCODING": "utf-8"}
-    process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env=environment)
+    # a test run in the background hands down an ignored SIGINT
+    process = subprocess.Popen(
+        command,
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        env=environment,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     os.close(theirs)
     return process, ours
 

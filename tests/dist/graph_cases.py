@@ -144,6 +144,31 @@ def differences(
     return {"runs": runs, "loss": worst_loss, "gradient": worst_gradient, "status": status, "graphs": graphs}
 
 
+def full_stack(rank: int, world_size: int) -> dict[str, Any]:
+    """Steps of captured passes beside those of plain ones, where the rows of all layers outgrow their one buffer while
+    each layer has room enough. How often each step ran, its capacity before and after, the worst gradient."""
+    plain = graph.Passes(build("alltoall", world_size), "off")
+    with recorded_instead_of_captured():
+        passes = graph.Passes(build("allgather", world_size))
+        stack = passes._stack
+        assert stack is not None
+        runs, worst, sizes = [], 0.0, []
+        for step in range(12):
+            if step == 4:
+                stack.lay_out(passes._most_stacked - 1, max(d.capacity for d in passes.dispatchers))
+                passes._graphs.clear()
+            before = stack.capacity
+            _, _, gradients = run_step(plain, rank, step)
+            again, _, ours = run_step(passes, rank, step)
+            runs.append(again)
+            sizes.append((before, stack.capacity, passes._most_stacked))
+            for name, gradient in gradients.items():
+                error = (gradient - ours[name]).norm() / gradient.norm().clamp(min=1e-6)
+                worst = max(worst, error.item())
+        passes.close()
+    return {"runs": runs, "gradient": worst, "sizes": sizes, "left": [d.stack for d in passes.dispatchers]}
+
+
 def capacities(rank: int, world_size: int) -> dict[str, Any]:
     """Capacity after each step, and the rows that a step brings."""
     with recorded_instead_of_captured():

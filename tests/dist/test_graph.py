@@ -6,12 +6,13 @@ import math
 
 import pytest
 
-from moetrain.graph import MARGIN, ROUND
+from moetrain.graph import GROWTH, MARGIN, ROUND, STACK_MARGIN
 from moetrain.moe.dispatch import static
 from tests.dist.graph_cases import (
     capacities,
     differences,
     evaluation,
+    full_stack,
     kept_without_backward,
     one_rank_waits,
     own_divisor,
@@ -29,6 +30,18 @@ def test_overflow_is_run_again_exactly(ranks: int, checkpointing: str) -> None:
         assert result["loss"] < 1e-5 and result["gradient"] < 2e-5
         assert result["graphs"] == 2, "first and accumulating pass"
         assert result["status"].startswith("captured")
+
+
+def test_full_stack_is_run_again_exactly() -> None:
+    """The fullest rank's rows decide, and the next buffer has more room."""
+    for result in run_ranks(full_stack, 2):
+        assert sorted(result["runs"][4:8]) == [1, 1, 1, 2] and sum(result["runs"]) == 13
+        assert result["gradient"] < 2e-5
+        most = result["sizes"][0][2]
+        assert result["sizes"][3][1] == math.ceil(most * STACK_MARGIN / ROUND) * ROUND
+        _, after, most = result["sizes"][result["runs"].index(2)]
+        assert after == math.ceil(most * STACK_MARGIN * GROWTH / ROUND) * ROUND == result["sizes"][-1][1]
+        assert result["left"] == [None, None]
 
 
 def test_capacities_follow_the_fullest_rank() -> None:

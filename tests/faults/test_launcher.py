@@ -301,7 +301,7 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[tuple[RunConfig, dict[str, 
     """Configurations and environments that the trainer was called with; it writes one record."""
     calls: list[tuple[RunConfig, dict[str, str]]] = []
 
-    def train(config: RunConfig) -> bool:
+    def train(config: RunConfig, expect: object) -> bool:
         calls.append((config, dict(os.environ)))
         out = Metrics(config.metrics, config.output_dir, int(os.environ["RANK"]), config.train.steps)
         out.eval(EvalRecord(step=0, loss=2.0, tokens=8))

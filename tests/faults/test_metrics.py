@@ -358,6 +358,10 @@ def test_a_crash_stays_in_service_discovery_and_a_clean_end_does_not(tmp_path: P
         process = start()
         wait_for(lambda: json.loads(file.read_text()) != crashed, 120)
         wait_for(lambda: (tmp_path / "out" / "metrics.1.jsonl").exists() and len(steps()) > 2, 120)
+        run, restart = lines(tmp_path / "out")[:2]
+        assert run["restarts"] == restart["restarts"] == 1, "it has no checkpoint, and is the same run all the same"
+        with urllib.request.urlopen(f"http://{json.loads(file.read_text())[0]['targets'][0]}/metrics") as response:
+            assert b"\nmoetrain_restarts 1.0\n" in response.read()
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 75
         assert not discovery.exists()
