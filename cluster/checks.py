@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import functools
 import hashlib
 import json
 import os
@@ -12,7 +11,22 @@ import sys
 import time
 from pathlib import Path
 
-from cluster.node import CRITICAL, FAILED, OK, UNKNOWN, WARNING, Broken, Node, Result, command, nvidia_smi, query, why
+from cluster.node import (
+    CRITICAL,
+    FAILED,
+    MEASURING_SECONDS,
+    OK,
+    UNKNOWN,
+    WARNING,
+    Broken,
+    Node,
+    Result,
+    command,
+    nvidia_smi,
+    once,
+    query,
+    why,
+)
 
 RATES = Path(__file__).with_name("rates.py")
 
@@ -225,7 +239,7 @@ def kernel_log() -> str:
     return command("journalctl", "--dmesg", "--boot", "--no-pager", "--quiet")
 
 
-@functools.cache
+@once
 def gpu_rates(node: Node) -> list[dict[str, float]]:
     """What torch measures on each GPU of the node; empty where it sees none.
 
@@ -234,7 +248,7 @@ def gpu_rates(node: Node) -> list[dict[str, float]]:
         OSError, subprocess.SubprocessError: there is no torch.
     """
     try:
-        output = command(sys.executable, str(RATES), "gpus", timeout=node.remaining())
+        output = command(sys.executable, str(RATES), "gpus", timeout=node.remaining(MEASURING_SECONDS))
     except FAILED as error:
         raise blame(node, error) from error
     found = json.loads(output)

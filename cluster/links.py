@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import subprocess
@@ -13,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cluster.checks import RATES, blame, gpu_rates
-from cluster.node import CRITICAL, FAILED, OK, UNKNOWN, WARNING, Node, Result, why
+from cluster.node import CRITICAL, FAILED, MEASURING_SECONDS, OK, UNKNOWN, WARNING, Node, Result, once, why
 
 PORT = 19790
 ROUNDS = 2
@@ -45,12 +44,12 @@ def check_gpu_pairs(node: Node) -> Result:
     return OK, f"{min(pairs.values()):.0f} to {max(pairs.values()):.0f} GB/s between every two", measured
 
 
-@functools.cache
+@once
 def node_links(node: Node) -> dict[str, Any]:
     """What NCCL does between the GPUs of this node; raises as `gpu_rates` does."""
     gpus = len(gpu_rates(node))
     try:
-        return measure("links", gpus, 0, gpus, "127.0.0.1", PORT, node.remaining())
+        return measure("links", gpus, 0, gpus, "127.0.0.1", PORT, node.remaining(MEASURING_SECONDS))
     except FAILED as error:
         raise blame(node, error) from error
 
@@ -99,7 +98,7 @@ def measure_pair(node: Node, gpus: int, number: int) -> Pair | None:
     partner, first = node.peers[other][0], min(index, other)
     port = PORT + 1 + number * len(node.peers) + first
     try:
-        seconds = min(node.remaining(), ROUND_SECONDS[number])
+        seconds = node.remaining(ROUND_SECONDS[number])
         found = measure("all-reduce", gpus, 0 if index < other else gpus, 2 * gpus, node.peers[first][1], port, seconds)
     except FAILED as error:
         return Pair(partner, failure=why(error))

@@ -17,6 +17,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from packaging.version import Version
+
 from containers import lock as pins
 
 ROOT = Path(__file__).parents[1]
@@ -73,7 +75,7 @@ def read_report(report: dict[str, Any]) -> Found:
         if kind != "sha256":
             raise ValueError(f"the index has no SHA-256 of {item['download_info']['url']}")
         found[canonical(metadata["name"])] = {
-            "version": metadata["version"],
+            "version": str(Version(metadata["version"])),  # some write v1.2
             "hash": digest,
             # What an extra asks for counts too: which extras were asked for, the report does not say.
             "requires": {name_of(line) for line in metadata.get("requires_dist", [])},

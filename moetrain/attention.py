@@ -83,7 +83,7 @@ def attention(
             tensors = (query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
             if backend == "transformer_engine":
                 return transformer_engine.attend(*tensors, scale=scale, window=window, cu_seqlens=mask.cu_seqlens), None
-            rest = {"scale": scale, "window": window, "cu_seqlens": mask.cu_seqlens, "sinks_H": s_aux}
+            rest: dict[str, Any] = {"scale": scale, "window": window, "cu_seqlens": mask.cu_seqlens, "sinks_H": s_aux}
             out = attend(*tensors, backend, keep=getattr(module, KEEPS, False), **rest)
             return out.contiguous(), None
     kwargs |= {"dropout": dropout, "scaling": scaling, "is_causal": is_causal, "s_aux": s_aux, "softcap": softcap}

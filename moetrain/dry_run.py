@@ -27,8 +27,8 @@ from moetrain.moe.layer import NAME
 
 
 def dry_run(config: RunConfig) -> None:
-    """Check output directory, layout, model files, vocabulary, data files and where metrics go; print one line for each.
-    Writes nothing.
+    """Check output directory, layout, model files, vocabulary, data files and what metrics need; print one line for
+    each. Writes nothing.
 
     Raises:
         ValueError: the first of them that would stop the run.

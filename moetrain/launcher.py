@@ -71,17 +71,21 @@ def _train(config: RunConfig) -> bool:
 @contextlib.contextmanager
 def _reported(output_dir: Path) -> Iterator[None]:
     """Write the report at the end, also of a run that fails, unless nothing was recorded. A disk that does not take it
-    changes nothing about how the run has ended."""
+    changes nothing about how the run has ended. SIGTERM is not heard meanwhile: where all ranks have failed, a launcher
+    stops the last one, which is this, and its error is still to be told."""
     metrics = output_dir / FILE_NAME
     recorded = metrics.stat().st_mtime_ns if metrics.exists() else None
     try:
         yield
     finally:
         if metrics.exists() and metrics.stat().st_mtime_ns != recorded:
+            previous = signal.signal(signal.SIGTERM, signal.SIG_IGN)
             try:
                 write_report(output_dir)
             except (OSError, ValueError) as error:
                 _say(f"no report: {error}")
+            finally:
+                signal.signal(signal.SIGTERM, previous)
 
 
 @contextlib.contextmanager

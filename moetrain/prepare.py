@@ -42,6 +42,9 @@ def keep_quiet() -> None:
     if mesh.rank() > 0 or not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+    # torch 2.13 has other names for these two, which 2.11 does not know
+    renamed = r"`torch\.distributed\.(all_gather_into|reduce_scatter)_tensor` is deprecated"
+    warnings.filterwarnings("ignore", message=renamed, category=FutureWarning)
 
 
 def start_process_group(config: RunConfig) -> torch.device:

@@ -62,7 +62,8 @@ def receive_copy(compute: Callable[[], Received]) -> Received:
     tape = _tape.get()
     if tape is None or tape.replays:
         return receive(compute)
-    return tree_map_only(Tensor, Tensor.clone, receive(compute))
+    copy: Received = tree_map_only(Tensor, Tensor.clone, receive(compute))
+    return copy
 
 
 def replaying() -> bool:

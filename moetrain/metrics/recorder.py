@@ -100,7 +100,7 @@ class Metrics:
         self.series.set(steps_planned=total_steps, step=0)
         if rank == 0:
             starts = count_start(Path(output_dir), time.time(), goes_on)
-            self._restarts, self._first_start = starts.count - 1, starts.first
+            self._restarts, self._first_start = starts.number - 1, starts.first
             self.series.set(restarts=self._restarts, start_timestamp_seconds=self._first_start)
         self._publish()
         self.endpoint = self._open_endpoint() if config.prometheus_port is not None else None

@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 class Starts(NamedTuple):
     """Of a run that is not done yet, this start included."""
 
-    count: int
+    number: int
     first: float
     """Unix time."""
 
@@ -33,7 +33,7 @@ def count_start(folder: Path, now: float, goes_on: bool = True) -> Starts:
     """
     path = folder / FILE_NAME
     before = _read(path) if goes_on else None
-    starts = Starts(1, now) if before is None else Starts(before.count + 1, before.first)
+    starts = Starts(1, now) if before is None else Starts(before.number + 1, before.first)
     temporary = path.with_suffix(".tmp")
     try:
         temporary.write_text(json.dumps(starts._asdict()) + "\n", encoding="utf-8")
@@ -55,6 +55,6 @@ def _read(path: Path) -> Starts | None:
     """None for a file that is not there or cannot be read."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        return Starts(int(found["count"]), float(found["first"]))
+        return Starts(int(found["number"]), float(found["first"]))
     except (OSError, ValueError, TypeError, KeyError):
         return None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -39,10 +38,11 @@ def run(args: argparse.Namespace) -> int:
     choices = replace(choices, checkpointing=None if args.checkpointing == "auto" else args.checkpointing)
     if args.simulate is not None:
         result = simulate(config, machine, choices, rank=args.simulate, steps=args.steps)
-        print(json.dumps(result) if args.json else "\n".join(f"{name}: {value}" for name, value in result.items()))
+        print(
+            json.dumps(result) if args.json else "\n".join(f"{name}: {_shown(value)}" for name, value in result.items())
+        )
         return 0
     console = Console(stderr=True)
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # once for every trace
     with console.status("") as status:
         plan = make_plan(config, machine, choices, args.top, status.update)
     if args.json:
@@ -86,6 +86,12 @@ def run_config(
     for override in overrides:
         _apply_override(raw, override)
     return parse_config(raw)
+
+
+def _shown(value: Any) -> str:
+    if value is None:
+        return "not measured here"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _size(text: str, flag: str) -> int | None:

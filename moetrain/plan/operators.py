@@ -138,7 +138,7 @@ def _torch_attention_flops(name: str, args: Any) -> int:
     query, key, value = args[1:4] if backward else args[:3]
     size, value_size = query.shape[-1], value.shape[-1]
     columns = 3 * size + 2 * value_size if backward else size + value_size
-    return 2 * query.shape[:-1].numel() * key.shape[2] * columns
+    return 2 * int(query.shape[:-1].numel()) * int(key.shape[2]) * int(columns)
 
 
 def _torch_attention_scratch(name: str, args: Any) -> int:

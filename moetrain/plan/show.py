@@ -83,21 +83,22 @@ def draw_plan(plan: Plan, path: Path) -> None:
     shown = [*(plan.fitting or [plan.smallest])]
     if plan.own is not None and plan.own not in shown:
         shown.append(plan.own)
-    figure, (memory, time) = plt.subplots(1, 2, figsize=(13, 1.6 + 0.55 * len(shown)), layout="constrained")
+    figure, (memory, time) = plt.subplots(1, 2, figsize=(13, 2.0 + 0.55 * len(shown)), layout="constrained")
     labels = [_name(candidate) + " (yours)" * (candidate == plan.own) for candidate in shown]
     _stack(memory, labels, [_memory_parts(candidate) for candidate in shown], [1 / GIB] * len(shown))
     memory.axvline(plan.machine.kind.memory_bytes / GIB, color="black", linestyle="--", label=plan.machine.gpu)
-    memory.set_xlabel("GiB on a rank")
+    memory.set_title("GiB on a rank", fontsize=10)
     _stack(
         time,
         labels,
         [candidate.time.parts for candidate in shown],
         [1e6 / candidate.time.tokens for candidate in shown],
     )
-    time.set_xlabel("milliseconds for 1,000 tokens of a rank")
+    time.set_title("milliseconds for 1,000 tokens of a rank", fontsize=10)
     time.set_yticklabels([])
     for axes in (memory, time):
-        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=4, frameon=False, fontsize=8)
+        # below the numbers, by the height of a letter and not of the figure, which grows with the layouts
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, 0), borderaxespad=3.0, ncols=4, frameon=False, fontsize=8)
         axes.spines[["top", "right"]].set_visible(False)
     figure.suptitle(
         f"{plan.config.model.path} on {plan.machine.nodes} x {plan.machine.gpus_per_node} {plan.machine.gpu}"
@@ -111,11 +112,15 @@ def _stack(axes: Axes, labels: Sequence[str], bars: Sequence[dict[str, float]], 
     widths = {part: [parts[part] * unit for parts, unit in zip(bars, units, strict=True)] for part in bars[0]}
     longest = max(map(sum, zip(*widths.values(), strict=True)))
     left = [0.0] * len(bars)
-    for part, sizes in widths.items():
+    for (part, sizes), color in zip(widths.items(), _COLORS, strict=False):
         if max(sizes) > 0.002 * longest:
-            axes.barh(labels, sizes, left=left, label=part, height=0.7)
+            axes.barh(labels, sizes, left=left, label=part, height=0.7, color=color)
         left = [start + size for start, size in zip(left, sizes, strict=True)]
     axes.invert_yaxis()
+
+
+_COLORS = [f"C{number}" for number in range(10)] + ["lightsteelblue", "navajowhite", "palegreen", "lightcoral"]
+"""One for each part: there are more than matplotlib's cycle has."""
 
 
 def _name(candidate: Candidate) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
+import warnings
 from collections.abc import Iterator
 from typing import Any
 from unittest.mock import patch
@@ -31,7 +32,7 @@ from moetrain.plan.constants import GIB
 from moetrain.plan.layout import Layout
 from moetrain.plan.search import Candidate, Choices, Machine, Planner
 from moetrain.plan.shapes import find_config
-from moetrain.prepare import DTYPES, StepParts, step_parts
+from moetrain.prepare import DTYPES, StepParts, keep_quiet, step_parts
 
 
 def simulate(config: RunConfig, machine: Machine, choices: Choices, rank: int, steps: int = 3) -> dict[str, Any]:
@@ -56,6 +57,8 @@ def simulate(config: RunConfig, machine: Machine, choices: Choices, rank: int, s
     planned = Planner(config, machine).own(Choices())
     assert planned is not None
     _check_memory(planned)
+    keep_quiet()
+    warnings.filterwarnings("ignore", message="DTensor random operators may not have complete support on cpu")
     with fake_world(rank, layout.world):
         try:
             return {"rank": rank, "world": layout.world} | _measure(config, layout, planned, steps)

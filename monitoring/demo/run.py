@@ -60,7 +60,7 @@ class Run:
 
     def __init__(self, shape: Shape, faults: Sequence[Fault], epoch: float, speed: float = 1.0, seed: int = 0) -> None:
         self.shape, self.faults = shape, faults
-        self.victim = shape.ranks // 2 + shape.gpus // 2
+        self.victim = shape.nodes // 2 * shape.gpus + shape.gpus // 2
         """The rank that faults of one rank hit; its node is that which is lost."""
         self._epoch, self._speed = epoch, speed
         self._random = np.random.default_rng([seed, shape.ranks])

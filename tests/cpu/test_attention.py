@@ -78,7 +78,12 @@ def test_recomputation_takes_what_was_kept(compiled: bool, monkeypatch: pytest.M
     """Attention runs once though its layer runs twice, in compiled code too, and the gradients are those of without."""
     calls = []
     reference = kernel._FORWARD["reference"]
-    monkeypatch.setitem(kernel._FORWARD, "reference", lambda *args: calls.append(1) or reference(*args))
+
+    def counted(*args: Any) -> Any:
+        calls.append(1)
+        return reference(*args)
+
+    monkeypatch.setitem(kernel._FORWARD, "reference", counted)
 
     def layer(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         q, k, v = (x @ weight).view(2, 9, 3, 4, 8).unbind(2)
@@ -92,8 +97,8 @@ def test_recomputation_takes_what_was_kept(compiled: bool, monkeypatch: pytest.M
     out = checkpoint(function, x, weight, use_reentrant=False, context_fn=keep_received)
     found = [out, *torch.autograd.grad(out.square().sum(), (x, weight))]
     assert len(calls) == 1
-    for ours, wanted in zip(found, expected, strict=True):
-        torch.testing.assert_close(ours, wanted)
+    for result, wanted in zip(found, expected, strict=True):
+        torch.testing.assert_close(result, wanted)
 
 
 @pytest.mark.parametrize("name", ["plain", "all"])

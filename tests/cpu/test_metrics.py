@@ -279,7 +279,7 @@ def test_a_run_that_is_not_to_go_on_counts_anew(tmp_path: Path) -> None:
     out.close()
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"count": "x", "first": 1}', '{"count": 3}'])
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"number": "x", "first": 1}', '{"number": 3}'])
 def test_starts_that_cannot_be_read_or_written(tmp_path: Path, content: str, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "starts.json").write_text(content)
     out = metrics(tmp_path)

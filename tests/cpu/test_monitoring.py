@@ -7,7 +7,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -236,8 +235,8 @@ def test_the_configuration_of_the_stack_is_taken(tmp_path: Path) -> None:
     assert "127.0.0.1:2" in text and f"{tmp_path}/data/discovery/moetrain-*.json" in text and "500ms" in text
 
 
-def start_stack(folder: Path) -> tuple[subprocess.Popen[str], list[str]]:
-    """`python -m monitoring.stack` when it is ready, and what it has said."""
+def start_stack(folder: Path) -> subprocess.Popen[str]:
+    """`python -m monitoring.stack` when it is ready."""
     command = [sys.executable, "-m", "monitoring.stack", "--data", str(folder / "data"), "--runs", str(folder)]
     command += [word for name in stack.PORTS for word in (f"--{name}-port", "0")]
     started = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -246,12 +245,12 @@ def start_stack(folder: Path) -> tuple[subprocess.Popen[str], list[str]]:
         lines.append(started.stdout.readline())
         assert lines[-1], lines
     assert processes_with(str(folder)) >= 3
-    return started, lines
+    return started
 
 
 @needs_prometheus
 def test_the_stack_from_a_shell_leaves_nothing(tmp_path: Path) -> None:
-    started, lines = start_stack(tmp_path)
+    started = start_stack(tmp_path)
     started.send_signal(signal.SIGINT)
     started.send_signal(signal.SIGINT)  # impatient
     assert started.wait(15) == 0
@@ -260,7 +259,7 @@ def test_the_stack_from_a_shell_leaves_nothing(tmp_path: Path) -> None:
 
 @needs_prometheus
 def test_a_stack_that_is_killed_leaves_nothing(tmp_path: Path) -> None:
-    started, _ = start_stack(tmp_path)
+    started = start_stack(tmp_path)
     started.kill()
     started.wait()
     wait_for(lambda: not processes_with(str(tmp_path)), 20)

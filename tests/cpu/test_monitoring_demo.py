@@ -10,6 +10,7 @@ import urllib.error
 import urllib.request
 from itertools import pairwise
 from pathlib import Path
+
 import numpy as np
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
@@ -144,6 +145,14 @@ def test_nothing_moves_while_a_rank_is_missing(fault: str) -> None:
         run.advance(float(now))
     assert samples(run.page(0))["moetrain_step"] > step
     assert all(run.answers(rank, 101) for rank in range(4))
+
+
+@pytest.mark.parametrize(("nodes", "gpus"), [(1, 1), (1, 8), (3, 5), (16, 8)])
+def test_a_fault_hits_a_rank_of_any_cluster(nodes: int, gpus: int) -> None:
+    run = simulated(Fault("straggler"), Fault("memory"), shape=Shape("d", nodes, gpus, 4.0, 2, 4), seconds=60)
+    full = [samples(run.page(rank))["moetrain_gpu_memory_bytes{kind=peak}"] for rank in range(run.shape.ranks)]
+    assert [rank for rank, peak in enumerate(full) if peak == max(full)] == [run.victim]
+    assert run.shape.node(run.victim) in run.shape.node_names
 
 
 def test_a_restart_begins_new_counters_at_the_last_checkpoint() -> None:

@@ -186,10 +186,10 @@ def test_a_dry_run_and_every_rank_find_what_is_missing(tmp_path: Path, monkeypat
     config = tiny_config(tmp_path, metrics={"sinks": ["tensorboard"]})
     monkeypatch.setitem(module.PACKAGES, "tensorboard", "no_such_package")
     for start in (dry_run, train):
-        with pytest.raises(ValueError, match="metrics.sinks names tensorboard"):
+        with pytest.raises(ValueError, match=r"metrics\.sinks names tensorboard"):
             start(config)
     monkeypatch.setattr(mesh, "rank", lambda: 1)
-    with pytest.raises(ValueError, match="metrics.sinks names tensorboard"):
+    with pytest.raises(ValueError, match=r"metrics\.sinks names tensorboard"):
         train(config)
     assert not (tmp_path / "out").exists() and not (tmp_path / "start").exists()
     password = {"prometheus_port": 0, "username": "u", "password_file": str(tmp_path / "none")}

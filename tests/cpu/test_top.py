@@ -258,7 +258,7 @@ def test_nothing_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert "name the output_dir of a run" in capsys.readouterr().err
 
 
-def run_in_terminal(folder: Path, *words: str) -> tuple[subprocess.Popen[bytes], int]:
+def run_in_terminal(folder: Path | str, *words: str) -> tuple[subprocess.Popen[bytes], int]:
     """`moetrain top` on a pseudo terminal; the process and the terminal's other end."""
     ours, theirs = pty.openpty()
     command = [sys.executable, "-m", "moetrain", "top", str(folder), *words]

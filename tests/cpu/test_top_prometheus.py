@@ -5,13 +5,17 @@ from __future__ import annotations
 import http.server
 import io
 import json
+import os
 import shutil
+import signal
 import socket
 import subprocess
 import threading
 import time
+import urllib.parse
 import urllib.request
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,6 +26,8 @@ from moetrain.config import MetricsConfig
 from moetrain.metrics import EvalRecord, Expectation, LayerLoads, Memory, Metrics, StepRecord
 from moetrain.top.prometheus import PrometheusSource
 from moetrain.top.snapshot import warnings
+from tests.cpu.test_metrics import wait_for
+from tests.cpu.test_top import read_until, run_in_terminal
 
 RUN = 'a "quoted\\ run'
 CONFIG = """
@@ -176,6 +182,100 @@ def test_servers_that_cannot_help(answer: tuple[int, bytes], words: str, capsys:
     printed = capsys.readouterr().err
     assert words in printed and "p%40ss" not in printed
     assert set(asked) == {"Basic bWU6cEBzcw=="}
+
+
+def answer_of(query: str, step: int) -> dict[str, Any]:
+    """What a server says of a run that is at `step`, to the little of what is asked."""
+    known = {"max(moetrain_step{": step, "max(moetrain_steps_planned{": 100, "max(moetrain_loss{": 2.5}
+    value = next((number for start, number in known.items() if query.startswith(start)), None)
+    if query.startswith("count by (phase)"):
+        samples = [{"metric": {"phase": "done" if step > 3 else "train"}, "value": [0, "1"]}]
+    else:
+        samples = [] if value is None else [{"metric": {}, "value": [0, str(value)], "values": [[0, str(value)]]}]
+    return {"status": "success", "data": {"result": samples}}
+
+
+def test_a_server_that_goes_away_and_comes_back(capsys: pytest.CaptureFixture[str]) -> None:
+    """It refuses, breaks off amid an answer, or says something else: a warning each, and the last view stays."""
+    looks = [0]
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            query = urllib.parse.parse_qs(urllib.parse.urlsplit(self.path).query)["query"][0]
+            looks[0] += query.startswith("max(moetrain_step{")
+            if 2 <= looks[0] < 4:
+                self.send_error(503)
+                return
+            body = json.dumps(answer_of(query, looks[0] if looks[0] < 9 else 99)).encode()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            if 4 <= looks[0] < 6:
+                body = body[: len(body) // 2]
+            self.wfile.write(b'{"status": "no"}' + b" " * len(body) if 6 <= looks[0] < 8 else body)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as web:
+        web.daemon_threads = True
+        threading.Thread(target=web.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{web.server_port}"
+        assert cli.main(["top", "run", "--prometheus", url, "--interval", "0.05"]) == 0
+        web.shutdown()
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0].startswith("step 1/100") and printed[-1].endswith("done"), printed
+    text = "\n".join(printed)
+    assert (
+        "! run at 127.0.0.1" in text and "answers 503" in text and "breaks off" in text and "is no Prometheus" in text
+    )
+
+
+def test_prometheus_is_killed_while_somebody_watches(tmp_path: Path) -> None:
+    """The view in the terminal stays, with a warning, until somebody has seen enough."""
+    if shutil.which("prometheus") is None:
+        pytest.skip("no prometheus to kill")
+    config = MetricsConfig(run_name="watched", prometheus_port=0, discovery_dir=str(tmp_path / "discovery"))
+    metrics = Metrics(config, tmp_path, 0, 5000, console=Console(file=io.StringIO()))
+    metrics.describe({"0": 8, "1": 8}, {})
+    metrics.announce([metrics.target()])
+    take_steps([metrics], 41)
+    (tmp_path / "prometheus.yml").write_text(
+        CONFIG.format(discovery=tmp_path / "discovery").replace("[rules.yml]", "[]")
+    )
+    port = free_port()
+    server = subprocess.Popen(
+        ["prometheus", f"--config.file={tmp_path}/prometheus.yml", f"--storage.tsdb.path={tmp_path}/data",
+         f"--web.listen-address=127.0.0.1:{port}"],
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    try:
+        source = PrometheusSource(f"http://127.0.0.1:{port}", "watched")
+        wait_for(lambda: knows(source, 41), 60)
+        words = ["--prometheus", f"http://127.0.0.1:{port}", "--interval", "0.2"]
+        viewer, terminal = run_in_terminal("watched", *words)
+        try:
+            assert b"step 41 of 5,000" in read_until(terminal, b"step 41 of 5,000")
+            server.kill()
+            assert b"does not answer" in read_until(terminal, b"does not answer")
+            viewer.send_signal(signal.SIGINT)
+            after = read_until(terminal, b"never shown")
+            assert viewer.wait(20) == 0
+            assert b"step 41 of 5,000" in after.rpartition(b"\x1b[?1049l")[2] and b"Traceback" not in after
+        finally:
+            viewer.kill()
+            os.close(terminal)
+    finally:
+        server.kill()
+        server.wait()
+        metrics.close()
+
+
+def knows(source: PrometheusSource, step: int) -> bool:
+    try:
+        return source.read().step == step
+    except (OSError, ValueError):  # it is on its way
+        return False
 
 
 def test_no_server_at_all(capsys: pytest.CaptureFixture[str]) -> None:

@@ -40,7 +40,7 @@ class Recorded(graph._Captured):
             run({name: torch.zeros_like(tensor) for name, tensor in self.inputs.items()}, self.scale)
         self.gradients = {p: p.grad for p in model.parameters() if p.grad is not None}
 
-    def replay(self, batch: dict[str, Tensor], scale: float) -> Tensor:
+    def replay(self, batch: dict[str, Tensor], scale: float | Tensor) -> Tensor:
         assert all(d.capacity == c for d, c in zip(self.dispatchers, self.capacities, strict=True))
         for name, tensor in batch.items():
             self.inputs[name].copy_(tensor)
@@ -155,7 +155,7 @@ def full_stack(rank: int, world_size: int) -> dict[str, Any]:
         runs, worst, sizes = [], 0.0, []
         for step in range(12):
             if step == 4:
-                stack.lay_out(passes._most_stacked - 1, max(d.capacity for d in passes.dispatchers))
+                stack.lay_out(passes._most_stacked - 1, max(d.capacity or 0 for d in passes.dispatchers))
                 passes._graphs.clear()
             before = stack.capacity
             _, _, gradients = run_step(plain, rank, step)

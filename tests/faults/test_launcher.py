@@ -186,6 +186,33 @@ def test_error_to_mend_wins_over_what_it_did_to_the_others(tmp_path: Path, capfd
     assert "rank 1 ended with exit code 2" in errors and "  mend this\n" in errors and "rank 0" not in errors
 
 
+def test_a_report_of_a_failed_run_takes_its_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Rank 0 writes it while the launcher stops the ranks, and tells the error then."""
+    monkeypatch.setattr(launcher, "OWN_EXIT_SECONDS", 0.2)
+    body = """
+from moetrain import launcher
+def write(folder):
+    publish("begun")
+    time.sleep(2)
+    publish("report")
+launcher.write_report = write
+try:
+    if rank == 0:
+        with launcher._reported(here):
+            (here / launcher.FILE_NAME).write_text("")
+            raise FloatingPointError("mend this")
+    while not (here / "begun-0").exists(): time.sleep(0.01)
+    raise FloatingPointError("mend this")
+except FloatingPointError as error:
+    sys.exit(print(error, file=sys.stderr) or 2)
+"""
+    assert run_local(command(tmp_path, f"sys.path.insert(0, {str(ROOT)!r})\n" + body), 2, tmp_path / "logs") == 2
+    assert (tmp_path / "report-0").exists()
+    assert capfd.readouterr().err == "mend this\n"
+
+
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2])
 def test_signal_reaches_each_rank_once(
     tmp_path: Path, started: list[subprocess.Popen[str]], signum: signal.Signals
