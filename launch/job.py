@@ -7,6 +7,8 @@ orders the ranks and requeues the job, because a container has no scontrol and a
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import shlex
 import shutil
@@ -73,7 +75,8 @@ class Job:
         executor = _Executor(self)
         self.write()
         try:
-            return executor.submit_script()
+            with contextlib.redirect_stderr(io.StringIO()):  # submitit prints there what the error says again
+                return executor.submit_script()
         except (FailedJobError, FailedSubmissionError) as error:
             shutil.rmtree(self.folder)
             raise ValueError(f"sbatch refuses the job, which was not submitted:\n{error}") from None

@@ -79,7 +79,11 @@ def train(config: RunConfig, expect: facts.Expect | None = None) -> bool:
     """
     run = setup(config, expect)
     try:
-        step = run.resume()
+        try:
+            step = run.resume()
+        except ValueError:
+            run.metrics.refuse()
+            raise
         if step >= config.train.steps:
             run.metrics.say(f"nothing left to train: {step} steps are done, train.steps is {config.train.steps}")
         elif step == 0:
@@ -348,7 +352,7 @@ def setup(config: RunConfig, expect: facts.Expect | None = None) -> Run:
         verify_checksums(checkpoint)
         return make_run(config, device, directory, tokenizer, data, metrics)
     except ValueError:
-        metrics.finish()  # refused: nobody is to miss its ranks
+        metrics.refuse()
         metrics.close()
         raise
 

@@ -38,7 +38,7 @@ from moetrain.metrics.phases import PhaseClock
 from moetrain.metrics.records import FILE_NAME, EvalRecord, Expectation, StepRecord
 from moetrain.metrics.series import STATES, RecentMost, Series
 from moetrain.metrics.sinks import Sinks
-from moetrain.metrics.starts import count_start, forget_starts
+from moetrain.metrics.starts import count_start, forget_starts, uncount_start
 
 CLOSE_SECONDS = 10.0
 """How long the end of a run waits for a terminal or a disk that hangs."""
@@ -98,12 +98,13 @@ class Metrics:
         self._finished = False
         self._sinks = Sinks(config.sinks, output_dir, config.log_every) if rank == 0 and config.sinks else None
         self.series.set(steps_planned=total_steps, step=0)
-        if rank == 0:
-            starts = count_start(Path(output_dir), time.time(), goes_on)
-            self._restarts, self._first_start = starts.number - 1, starts.first
-            self.series.set(restarts=self._restarts, start_timestamp_seconds=self._first_start)
         self._publish()
-        self.endpoint = self._open_endpoint() if config.prometheus_port is not None else None
+        self.endpoint = self._open_endpoint() if config.prometheus_port is not None else None  # may refuse
+        self._starts = count_start(Path(output_dir), time.time(), goes_on) if rank == 0 else None
+        if self._starts is not None:
+            self._restarts, self._first_start = self._starts.number - 1, self._starts.first
+            self.series.set(restarts=self._restarts, start_timestamp_seconds=self._first_start)
+            self._publish()
 
     # --- what is known of the run -------------------------------------------------------------------------------------
 
@@ -281,6 +282,12 @@ class Metrics:
             say()
         else:
             self._background.submit(say)
+
+    def refuse(self) -> None:
+        """The setup has told the user what to mend: this was no start, and nobody is to miss its ranks."""
+        if self._starts is not None:
+            uncount_start(self._path.parent, self._starts)
+        self.finish()
 
     def finish(self) -> None:
         """The run ends as it should: nobody is to miss its ranks."""

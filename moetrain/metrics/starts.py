@@ -31,16 +31,18 @@ def count_start(folder: Path, now: float, goes_on: bool = True) -> Starts:
     Args:
         goes_on: with the run that is in the folder; otherwise this is the first start of a new one.
     """
-    path = folder / FILE_NAME
-    before = _read(path) if goes_on else None
+    before = _read(folder / FILE_NAME) if goes_on else None
     starts = Starts(1, now) if before is None else Starts(before.number + 1, before.first)
-    temporary = path.with_suffix(".tmp")
-    try:
-        temporary.write_text(json.dumps(starts._asdict()) + "\n", encoding="utf-8")
-        os.replace(temporary, path)
-    except OSError as error:
-        logger.warning("%s cannot be written, so this start will not count: %s", path, error.strerror)
+    _write(folder / FILE_NAME, starts)
     return starts
+
+
+def uncount_start(folder: Path, starts: Starts) -> None:
+    """Take back the newest start, which `count_start` has returned."""
+    if starts.number > 1:
+        _write(folder / FILE_NAME, starts._replace(number=starts.number - 1))
+    else:
+        forget_starts(folder)
 
 
 def forget_starts(folder: Path) -> None:
@@ -49,6 +51,15 @@ def forget_starts(folder: Path) -> None:
         (folder / FILE_NAME).unlink(missing_ok=True)
     except OSError as error:
         logger.warning("%s cannot be removed, the next start will count as a restart: %s", folder, error.strerror)
+
+
+def _write(path: Path, starts: Starts) -> None:
+    temporary = path.with_suffix(".tmp")
+    try:
+        temporary.write_text(json.dumps(starts._asdict()) + "\n", encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError as error:
+        logger.warning("%s cannot be written, so this start will not count: %s", path, error.strerror)
 
 
 def _read(path: Path) -> Starts | None:

@@ -56,11 +56,14 @@ def tools(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None
     return install
 
 
+def ask_anew() -> None:
+    for asked in (node.query, checks.gpu_rates, links.node_links):
+        asked.cache_clear()
+
+
 @pytest.fixture(autouse=True)
 def _ask_anew() -> None:
-    node.query.cache_clear()
-    checks.gpu_rates.cache_clear()
-    links.node_links.cache_clear()
+    ask_anew()
 
 
 @pytest.fixture
@@ -118,6 +121,7 @@ def test_without_torch_rates_are_unknown(tools: Any, machine: Node, monkeypatch:
     monkeypatch.setattr(checks, "RATES", machine.root / "rates.py")
     (machine.root / "rates.py").write_text("import a_torch_that_is_not_there")
     assert verdict("gemm", machine) == (UNKNOWN, "ModuleNotFoundError: No module named 'a_torch_that_is_not_there'")
+    ask_anew()
     (machine.root / "rates.py").write_text("raise RuntimeError('CUDA error: uncorrectable ECC error encountered')")
     assert verdict("gemm", machine) == (CRITICAL, "RuntimeError: CUDA error: uncorrectable ECC error encountered")
 
@@ -188,6 +192,7 @@ def test_a_driver_that_fails_or_hangs_on_a_machine_with_gpus_is_critical(
     monkeypatch.setattr(node, "COMMAND_SECONDS", 0.2)
     monkeypatch.setattr(node.command, "__kwdefaults__", {"timeout": 0.2})
     tools("nvidia-smi", HEALTHY, sleep=5.0)
+    ask_anew()
     assert verdict("gpus", machine) == (CRITICAL, "nvidia-smi: no answer within 0 s")
 
 

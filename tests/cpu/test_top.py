@@ -263,15 +263,7 @@ def run_in_terminal(folder: Path | str, *words: str) -> tuple[subprocess.Popen[b
     ours, theirs = pty.openpty()
     command = [sys.executable, "-m", "moetrain", "top", str(folder), *words]
     environment = os.environ | {"TERM": "xterm", "COLUMNS": "60", "LINES": "30", "PYTHONIOENCODING": "utf-8"}
-    # a test run in the background hands down an ignored SIGINT
-    process = subprocess.Popen(
-        command,
-        stdin=theirs,
-        stdout=theirs,
-        stderr=theirs,
-        env=environment,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
+    process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env=environment)
     os.close(theirs)
     return process, ours
 

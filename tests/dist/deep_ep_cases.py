@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from moetrain.backends import deep_ep
+from moetrain.metrics.device import DeviceTimes
 from moetrain.moe.dispatch import build_dispatcher, keep_received
 from moetrain.moe.dispatch.static import forget_exchanges
 from tests import deep_ep_fake
@@ -44,7 +45,10 @@ def passes(rank: int, world_size: int, interface: str, node: int | None) -> dict
                 (a - b).abs().max().item() / b.abs().max().item() for a, b in zip(ours, expected, strict=True)
             )
     deep_ep_fake.calls.clear()
-    round_trip("deep_ep", ids, *tensors, capacity=64)
+    times = DeviceTimes()
+    with times.measured():
+        round_trip("deep_ep", ids, *tensors, capacity=64)
+    found["waited"] = times.take()
     found["calls"] = list(deep_ep_fake.calls)
     deep_ep_fake.calls.clear()
     round_trip("deep_ep", ids, *tensors, capacity=64, recomputed=True)

@@ -33,6 +33,7 @@ def test_capacities_equal_alltoall(interface: str, ranks: int, node: int | None)
     results = run_ranks(deep_ep_cases.passes, ranks, interface, node)
     dispatch = ["dispatch without waiting"] if interface == "ElasticBuffer" else ["layout", "dispatch without waiting"]
     for result in results:
+        assert result["waited"].keys() == {"collective_wait"} and result["waited"]["collective_wait"] > 0
         for (kind, dtype), difference in result["differences"].items():
             assert difference < (1e-12 if dtype == "torch.float64" else 0.02), (kind, dtype, difference)
         assert result["calls"] == result["calls_recomputed"] == [*dispatch, "combine", "dispatch again", "combine"]

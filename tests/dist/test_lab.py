@@ -206,10 +206,13 @@ def test_the_script_of_a_run_submits_it(slurm: Lab, tmp_path: Path) -> None:
     assert f"scancel {job_id}" in result.stdout and len(ranks_ready(tmp_path, "finishes", 2)) == 2
 
 
-def test_what_sbatch_refuses_is_told_in_its_own_words(slurm: Lab, tmp_path: Path) -> None:
+def test_what_sbatch_refuses_is_told_in_its_own_words(
+    slurm: Lab, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     job = fake_job(tmp_path, "finishes", partition="nowhere")
     with pytest.raises(ValueError, match="invalid partition specified: nowhere"):
         job.submit()
+    assert capsys.readouterr().err == "", "and told once, by the error"
     assert not job.folder.exists() and slurm.run("squeue", "-h", "-n", "finishes") == ""
 
 
