@@ -23,8 +23,9 @@ from containers import lock as pins
 
 ROOT = Path(__file__).parents[1]
 MARK = "# ---- Python packages: written by `make lock` from here on; a reason may be edited and is kept ----\n"
-PYTHONS = {"gpu": ("3.12",), "cpu": ("3.11", "3.12")}
-"""Of the images (Ubuntu 24.04, Debian 12), and for development on both."""
+PYTHONS = {"gpu": ("3.12",), "cpu": ("3.12", "3.11")}
+"""Of the images (Ubuntu 24.04, Debian 12), and for development on both. The first, for which an index may have torch's
+build for GPUs alone, decides on the Triton that goes with it."""
 PLATFORMS = [*(f"manylinux_2_{minor}_x86_64" for minor in range(28, 4, -1)), "linux_x86_64"]
 PLATFORMS += ["manylinux2014_x86_64", "manylinux2010_x86_64", "manylinux1_x86_64"]
 NEEDED = "needed by"

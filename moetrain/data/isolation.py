@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import types
 from collections.abc import Callable
 from contextvars import ContextVar
 from functools import cached_property
@@ -180,7 +181,8 @@ def isolate_documents(model: PreTrainedModel, max_documents: int | None = None) 
         module.register_forward_pre_hook(enter, with_kwargs=True)
         module.register_forward_hook(leave, with_kwargs=True, always_call=True)
     for mixer in recurrent_mixers(decoder):
-        mixer.forward = functools.partial(_forward_per_document, mixer, mixer.forward, latest)
+        mixer.forward_document, mixer.latest = mixer.forward, latest
+        mixer.forward = types.MethodType(_forward_per_document, mixer)  # a partial object would be compiled for each
     _mask_by_document()
     return model
 
@@ -198,19 +200,13 @@ def _is_recurrent(module: nn.Module) -> bool:
     return "hidden_states" in parameters and ("cache_params" in parameters or (linear and not hasattr(module, "mlp")))
 
 
-def _forward_per_document(
-    mixer: nn.Module,
-    forward: Callable[..., Any],
-    latest: _Latest,
-    hidden_states: Tensor,
-    *args: Any,
-    **kwargs: Any,
-) -> Any:
+def _forward_per_document(mixer: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
     """Run a mixer on each document of `hidden_states` [B, S, D] alone and join the results.
 
     A mixer returns one tensor, or a tuple; of a tuple, tensors with the axes of the tokens are joined and others
     (such as a final state, meaningless over several documents) become None.
     """
+    forward, latest = mixer.forward_document, mixer.latest
     kwargs = {name: value for name, value in kwargs.items() if name not in _FLASH_KWARGS}
     seq_idx_BS = kwargs.pop("seq_idx", None)
     documents = latest.documents
