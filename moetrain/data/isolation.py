@@ -180,6 +180,7 @@ def isolate_documents(model: PreTrainedModel, max_documents: int | None = None) 
     for module in {model, decoder}:
         module.register_forward_pre_hook(enter, with_kwargs=True)
         module.register_forward_hook(leave, with_kwargs=True, always_call=True)
+    mixer: Any
     for mixer in recurrent_mixers(decoder):
         mixer.forward_document, mixer.latest = mixer.forward, latest
         mixer.forward = types.MethodType(_forward_per_document, mixer)  # a partial object would be compiled for each
