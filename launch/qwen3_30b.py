@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from launch.run import Run
 from launch.submit import main
+from moetrain.bench.shapes import SHAPES
 
 RUN = Run(
     name="qwen3_30b",
@@ -36,22 +37,7 @@ RUN = Run(
         "train": {"steps": 2000, "eval_every": 200},
         "checkpoint": {"every": 200, "keep": 2},
     },
-    architecture={
-        "model_type": "qwen3_moe",
-        "vocab_size": 151936,
-        "hidden_size": 2048,
-        "num_hidden_layers": 48,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 4,
-        "head_dim": 128,
-        "intermediate_size": 6144,
-        "moe_intermediate_size": 768,
-        "num_experts": 128,
-        "num_experts_per_tok": 8,
-        "norm_topk_prob": True,
-        "max_position_embeddings": 40960,
-        "tie_word_embeddings": False,
-    },
+    architecture=SHAPES["qwen3-30b-a3b"],
     small={
         "hidden_size": 64,
         "num_hidden_layers": 2,

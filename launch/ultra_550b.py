@@ -13,9 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from launch.run import Run
 from launch.submit import main
-
-KINDS = {"M": "linear_attention", "E": "moe", "*": "full_attention"}
-LAYERS = "MEMEMEM*EMEMEM*EMEMEMEM*EMEMEMEM*EMEMEM*EMEMEMEM*EMEMEMEM*EMEMEM*EMEMEMEM*EMEMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME"
+from moetrain.bench.shapes import LARGE
 
 RUN = Run(
     name="ultra_550b",
@@ -38,33 +36,10 @@ RUN = Run(
         "train": {"steps": 2000, "eval_every": 200},
         "checkpoint": {"every": 100, "keep": 2},
     },
-    architecture={
-        "model_type": "nemotron_h",
-        "vocab_size": 131072,
-        "hidden_size": 8192,
-        "layers_block_type": [KINDS[layer] for layer in LAYERS],
-        "num_attention_heads": 64,
-        "num_key_value_heads": 2,
-        "head_dim": 128,
-        "mamba_num_heads": 256,
-        "mamba_head_dim": 64,
-        "ssm_state_size": 128,
-        "n_groups": 8,
-        "conv_kernel": 4,
-        "chunk_size": 128,
-        "n_routed_experts": 512,
-        "num_experts_per_tok": 22,
-        "moe_latent_size": 2048,
-        "moe_intermediate_size": 5120,
-        "moe_shared_expert_intermediate_size": 10240,
-        "routed_scaling_factor": 5.0,
-        "mlp_hidden_act": "relu2",
-        "max_position_embeddings": 1048576,
-        "tie_word_embeddings": False,
-    },
+    architecture=LARGE["nemotron-3-ultra-550b-a55b"],
     small={
         "hidden_size": 64,
-        "layers_block_type": [KINDS[layer] for layer in "ME*ME"],
+        "hybrid_override_pattern": "ME*ME",
         "num_attention_heads": 4,
         "head_dim": 16,
         "mamba_num_heads": 4,

@@ -302,8 +302,9 @@ class _PlacedRows(torch.autograd.Function):
         constants, activation, at = ctx.constants
         weights = ExpertWeights(up, down, up_bias, down_bias, *constants)
         needs = ctx.needs_input_grad
-        rows = up_RG, rows_RH, weights_R, offsets_E
-        gradients = _rows_backward(grad_RH, *rows, weights, activation, at, needs[0], any(needs[3:7]))
+        gradients = _rows_backward(
+            grad_RH, up_RG, rows_RH, weights_R, offsets_E, weights, activation, at, needs[0], any(needs[3:7])
+        )
         gradients = [*gradients[:2], None, *gradients[2:], *[None] * 4]
         return tuple(gradient if needed else None for gradient, needed in zip(gradients, needs, strict=True))
 

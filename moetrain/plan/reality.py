@@ -26,7 +26,7 @@ from transformers import AutoConfig, PreTrainedModel
 import moetrain.moe.layer as moe_layer
 from moetrain import graph
 from moetrain.auto import AutoModelForCausalLM
-from moetrain.bench.shapes import SHAPES, experts_module, layer_shape
+from moetrain.bench.shapes import LARGE, SHAPES, experts_module, layer_shape
 from moetrain.config import OptimConfig
 from moetrain.moe.layer import local_experts_forward
 from moetrain.plan import spread
@@ -34,7 +34,6 @@ from moetrain.plan.constants import ALL_LAYERS, GIB, GPUS, RANDOM_WEIGHTS
 from moetrain.plan.exchange import CAPTURED, EVEN, Balance
 from moetrain.plan.layout import Layout
 from moetrain.plan.memory import Memory, Unit, memory_of, units_of
-from moetrain.plan.shapes import LARGE
 from moetrain.plan.standins import kernel, mamba
 from moetrain.plan.step_time import StepTime, time_of
 from moetrain.plan.trace import Step, StepTrace, trace_step

@@ -10,33 +10,10 @@ import torch
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from moetrain.auto import AutoModelForCausalLM
-from moetrain.bench.shapes import SHAPES
+from moetrain.bench.shapes import LARGE, SHAPES
 from moetrain.config import ModelConfig
 from moetrain.create import load_model_config, new_config
 from moetrain.prepare import DTYPES
-
-_NEMOTRON_3: dict[str, Any] = {
-    "model_type": "nemotron_h", "vocab_size": 131072, "num_key_value_heads": 2, "head_dim": 128,
-    "mamba_head_dim": 64, "n_groups": 8, "ssm_state_size": 128, "conv_kernel": 4, "chunk_size": 128,
-    "n_routed_experts": 512, "num_experts_per_tok": 22, "routed_scaling_factor": 5.0, "norm_topk_prob": True,
-}  # fmt: skip
-
-LARGE: dict[str, dict[str, Any]] = {
-    "nemotron-3-super-120b-a12b": _NEMOTRON_3 | {
-        "hidden_size": 4096, "num_attention_heads": 32, "mamba_num_heads": 128, "moe_latent_size": 1024,
-        "moe_intermediate_size": 2688, "moe_shared_expert_intermediate_size": 5376,
-        "hybrid_override_pattern":
-            "MEMEMEM*EMEMEMEM*EMEMEMEM*EMEMEMEMEM*EMEMEMEMEM*EMEMEMEMEM*EMEMEMEMEM*EMEMEMEM*EMEMEMEME",
-    },
-    "nemotron-3-ultra-550b-a55b": _NEMOTRON_3 | {
-        "hidden_size": 8192, "num_attention_heads": 64, "mamba_num_heads": 256, "moe_latent_size": 2048,
-        "moe_intermediate_size": 5120, "moe_shared_expert_intermediate_size": 10240,
-        "hybrid_override_pattern":
-            "MEMEMEM*EMEMEM*EMEMEMEM*EMEMEMEM*EMEMEM*EMEMEMEM*EMEMEMEM*EMEMEM*EMEMEMEM*EMEMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME",
-    },
-}  # fmt: skip
-"""Beside `moetrain.bench.shapes`, models that need many nodes: nvidia/NVIDIA-Nemotron-3-Super-120B-A12B-BF16 and
--Ultra-550B-A55B-BF16. Their layers for multi-token prediction are left out, as Transformers leaves them out."""
 
 
 def find_config(model: ModelConfig) -> PreTrainedConfig:

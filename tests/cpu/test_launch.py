@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from transformers import AutoConfig
 
 import moetrain.plan
 from launch import cpu_smoke, nemotron_nano, qwen3_30b, submit, ultra_550b
@@ -385,8 +386,9 @@ def test_the_small_copy_is_the_same_run(run: Run) -> None:
     assert small.train.steps == 4 and small.data.train[0].path == "python:stdlib"
     made = new_config(small.model.create)
     if run.architecture:
-        assert made.model_type == run.architecture["model_type"]
-        assert set(getattr(made, "layers_block_type", [])) == set(run.architecture.get("layers_block_type", []))
+        whole = AutoConfig.for_model(**run.architecture)
+        assert made.model_type == whole.model_type
+        assert set(getattr(made, "layers_block_type", [])) == set(getattr(whole, "layers_block_type", []))
     assert made.vocab_size == 512 or not run.architecture
     assert meta_model(made, small.model).num_parameters() < 2e7
 

@@ -17,6 +17,7 @@ from transformers import AutoConfig
 
 from moetrain import mesh
 from moetrain.auto import AutoModelForCausalLM
+from moetrain.bench.shapes import LARGE
 from moetrain.config import ModelConfig, OptimConfig, RunConfig, parse_config
 from moetrain.graph import MARGIN, STACK_MARGIN
 from moetrain.moe.dispatch import DISPATCHERS as NAMES
@@ -30,7 +31,7 @@ from moetrain.plan.layout import Layout
 from moetrain.plan.memory import Parameter, Unit, keeps_gathered, memory_of, units_of
 from moetrain.plan.operators import Work
 from moetrain.plan.search import Choices, Machine, Planner, dispatch_of, make_plan, rows_over_mean
-from moetrain.plan.shapes import LARGE, meta_builder
+from moetrain.plan.shapes import meta_builder
 from moetrain.plan.simulate import fake_world
 from moetrain.plan.spread import DISPATCHERS
 from moetrain.plan.step_time import experts_share, time_of

@@ -11,7 +11,8 @@ from torch.utils.checkpoint import checkpoint
 
 from moetrain.backends import deep_ep
 from moetrain.metrics.device import DeviceTimes
-from moetrain.moe.dispatch import build_dispatcher, keep_received
+from moetrain.moe.dispatch import build_dispatcher
+from moetrain.tape import keep_received
 from moetrain.moe.dispatch.static import forget_exchanges
 from tests import deep_ep_fake
 from tests.dist.dispatch_cases import dispatch_differences, expert_function, routing

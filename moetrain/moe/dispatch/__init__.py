@@ -23,7 +23,6 @@ from moetrain.moe.dispatch.base import Dispatched, Dispatcher, RankedDispatcher
 from moetrain.moe.dispatch.deep_ep import DeepEpDispatcher
 from moetrain.moe.dispatch.local import LocalDispatcher
 from moetrain.moe.dispatch.static import AllGatherDispatcher, NvlinkDispatcher, StaticDispatcher, exchanges
-from moetrain.tape import keep_received
 
 DISPATCHERS = ("local", "alltoall", "allgather", "nvlink", "deep_ep")
 _ON_RANKS: dict[str, type[Any]] = {
@@ -43,7 +42,6 @@ __all__ = [
     "dispatchers_of",
     "exchanges",
     "fastest_dispatch",
-    "keep_received",
     "nvlink_obstacle",
     "why_waits",
 ]
