@@ -79,7 +79,7 @@ class Readback:
         """
         world, shape = mesh.world_size(), self.stats.counts_LE.shape
         seconds = torch.zeros(world, dtype=torch.float64, device=self.device)
-        seconds[mesh.rank()] = rank_seconds
+        seconds[mesh.rank() :][:1].fill_(rank_seconds)  # an assignment would wait
         counts = self.stats.take().flatten()
         summed = over_ranks(_joined(loss, seconds, counts), dist.ReduceOp.SUM)
         load_LE = summed[1 + world :].view(shape)

@@ -4,22 +4,26 @@ On a GPU a section is two events on the current stream; they are read after the 
 Inside a CUDA graph, where events tell no times, two kernels of one program add the GPU's own clock to a counter, which
 comes to the host with the step's other numbers. On a CPU it is the host's own time.
 
-A step of many layers has hundreds of exchanges, and each measurement costs some microseconds. Of sections that are
-`many` alike, a GPU measures the first EXACT of a step and then the last of every STRIDE, which counts for all of them.
+A step of many layers has hundreds of exchanges, and each measurement costs the host some 15 microseconds, or the
+device one. Of sections that are `many` alike a GPU measures a few, each of which counts for as many as it stands for.
+Which ones, the golden ratio says: its multiples, without their whole parts, lie evenly in any stretch of them, so that
+a step's few are spread over its layers, and the next step's are others.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor
 
-EXACT, STRIDE = 8, 13
-"""A layer has two to six exchanges, forward and backward: none divides 13, so that each gets its turn. Of 240 in a step
-25 are measured."""
+EAGER, CAPTURED = 3, 24
+"""Of the sections alike in a step, about how many are measured by events, and how many inside a CUDA graph, which
+measures the same ones in each replay."""
+GOLDEN = (5**0.5 - 1) / 2
+_UNTIMED = nullcontext()
 
 _active: DeviceTimes | None = None
 
@@ -36,7 +40,10 @@ class DeviceTimes:
         self.host: dict[str, float] = {}
         self.counter = torch.zeros(1, dtype=torch.int64, device=device)
         self._told = 0
-        self._sections = 0
+        self._sections = self._before = 0
+        """That are many alike: all, and all before this step."""
+        self._eager = self._captured = 1
+        """For how many of them one stands."""
         self._spans: list[tuple[str, int, torch.cuda.Event, torch.cuda.Event]] = []
         self._spare: list[torch.cuda.Event] = []
         if self.counter.is_cuda:
@@ -76,18 +83,24 @@ class DeviceTimes:
                 continue
             self._add(name, weight * begin.elapsed_time(end) / 1e3)
             self._spare += [begin, end]
-        self._spans, self._sections = pending, 0
+        self._spans = pending
+        if self.counter.is_cuda:
+            number = self._sections - self._before
+            self._eager, self._captured = max(1, number // EAGER), max(1, number // CAPTURED)
+        self._before = self._sections
         seconds, self.host = self.host, {}
         return seconds
 
-    def weight(self, many: bool) -> int:
-        """For how many sections the next one counts; 0 for one that is not measured."""
-        if not many:
-            return 1
+    def weight(self) -> int:
+        """For how many sections the next of many alike counts; 0 for one that is not measured."""
         self._sections += 1
-        if self._sections <= EXACT:
+        if self._eager == 1:
             return 1
-        return 0 if (self._sections - EXACT) % STRIDE else STRIDE
+        place = self._sections * GOLDEN % 1.0
+        if place * self._captured >= 1:
+            return 0
+        stride = self._captured if torch.cuda.is_current_stream_capturing() else self._eager
+        return stride if place * stride < 1 else 0
 
     def mark(self) -> torch.cuda.Event:
         event = self._spare.pop() if self._spare else torch.cuda.Event(enable_timing=True)
@@ -101,22 +114,25 @@ class DeviceTimes:
         self.host[name] = self.host.get(name, 0.0) + seconds
 
 
-@contextmanager
-def timed(name: str, device: torch.device, many: bool = False) -> Iterator[None]:
+def timed(name: str, device: torch.device, many: bool = False) -> AbstractContextManager[None]:
     """A section of `device`'s work. Costs nothing where nobody measures. Inside a CUDA graph only `collective_wait` can
     be measured.
 
     Args:
         many: one of many alike in a step, of which a sample is enough.
     """
-    times = _active
-    if times is None:
-        yield
-    elif device.type == "cpu":
+    if _active is None or not (weight := _active.weight() if many else 1):
+        return _UNTIMED
+    return _section(_active, name, device, weight)
+
+
+@contextmanager
+def _section(times: DeviceTimes, name: str, device: torch.device, weight: int) -> Iterator[None]:
+    if device.type == "cpu":
         begin = time.perf_counter()
         yield
         times._add(name, time.perf_counter() - begin)
-    elif device.type != "cuda" or not (weight := times.weight(many)):
+    elif device.type != "cuda":
         yield
     elif torch.cuda.is_current_stream_capturing():
         assert name == "collective_wait", name

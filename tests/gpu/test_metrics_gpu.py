@@ -20,7 +20,7 @@ from moetrain.bench.metrics import measure_memory, measure_sections, measure_ste
 from moetrain.facts import read_memory
 from moetrain.kernels.clock import stamp
 from moetrain.metrics import read_records
-from moetrain.metrics.device import EXACT, STRIDE, DeviceTimes, timed
+from moetrain.metrics.device import CAPTURED, EAGER, DeviceTimes, timed
 from tests.gpu.graph_cases import SIZES
 from tests.runs import MODEL, tiny_config, write_text
 
@@ -79,28 +79,40 @@ def test_what_the_host_runs_ahead_of_is_told_later(gpu: torch.device, nap: float
 
 
 def test_a_sample_of_events_stands_for_all(gpu: torch.device, nap: float) -> None:
-    times, sections = DeviceTimes(gpu), EXACT + 2 * STRIDE
-    with times.measured():
-        for _ in range(sections):
-            with timed("collective_wait", gpu, many=True):
-                torch.cuda._sleep(CYCLES)
-    torch.cuda.synchronize()
-    assert len(times._spans) == EXACT + 2
-    assert times.take()["collective_wait"] == pytest.approx(sections * nap, rel=0.1)
+    times, sections, found = DeviceTimes(gpu), 10 * EAGER, []
+    for _ in range(11):
+        with times.measured():
+            for _ in range(sections):
+                with timed("collective_wait", gpu, many=True):
+                    torch.cuda._sleep(CYCLES // 4)
+        measured = len(times._spans)
+        torch.cuda.synchronize()
+        found.append(times.take()["collective_wait"])
+    assert measured <= EAGER + 1
+    assert found[0] == pytest.approx(sections * nap / 4, rel=0.1), "each of them, as nobody knows yet how many come"
+    assert statistics.fmean(found[1:]) == pytest.approx(sections * nap / 4, rel=0.1)
 
 
 def test_a_graph_counts_with_each_replay(gpu: torch.device, nap: float) -> None:
-    times, graph, sections = DeviceTimes(gpu), torch.cuda.CUDAGraph(), EXACT + STRIDE
+    """A capture of as many sections as the step before had, of which every second is measured."""
+    times, graph, sections = DeviceTimes(gpu), torch.cuda.CUDAGraph(), 2 * CAPTURED
+    with times.measured():
+        for _ in range(sections):
+            with timed("collective_wait", gpu, many=True):
+                pass
+    times.take()
     with times.measured(), torch.cuda.graph(graph, capture_error_mode="thread_local"):
         for _ in range(sections):
             with timed("collective_wait", gpu, many=True):
-                torch.cuda._sleep(CYCLES)
-            torch.cuda._sleep(CYCLES)
+                torch.cuda._sleep(CYCLES // 4)
+            torch.cuda._sleep(CYCLES // 4)
     assert int(times.counter) == 0, "a capture computes nothing"
+    torch.cuda.synchronize()
+    times.take()
     for _ in range(3):
         graph.replay()
     times.tell(int(times.counter))
-    assert times.take()["collective_wait"] == pytest.approx(3 * sections * nap, rel=0.1)
+    assert times.take()["collective_wait"] == pytest.approx(3 * sections * nap / 4, rel=0.1)
 
 
 def test_what_measuring_inside_a_graph_costs(gpu: torch.device) -> None:
@@ -108,7 +120,7 @@ def test_what_measuring_inside_a_graph_costs(gpu: torch.device) -> None:
     counter, graph = torch.zeros(1, dtype=torch.int64, device=gpu), torch.cuda.CUDAGraph()
     stamp(counter, 0)
     torch.cuda.synchronize()
-    number = 2 * (EXACT + (240 - EXACT) // STRIDE)
+    number = 2 * (CAPTURED + 2)
     with torch.cuda.graph(graph):
         for place in range(number):
             stamp(counter, 1 if place % 2 else -1)
@@ -135,7 +147,7 @@ def test_what_a_record_costs(gpu: torch.device) -> None:
     median = {name: statistics.median(cost.clock for cost in found) for name, found in costs.items()}
     print({name: f"{1e6 * seconds:.0f} us" for name, seconds in median.items()})
     assert median["record"] < 100e-6
-    assert median["events of 240 eager exchanges"] < 500e-6
+    assert median["events of 240 eager exchanges"] < 150e-6
 
 
 def test_the_peak_begins_anew(gpu: torch.device) -> None:
