@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import subprocess
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,14 @@ from unittest import mock
 
 from transformers import PreTrainedModel
 
-from launch.job import Job
+from launch.job import HOST_VARIABLES, ROOT, Job
 from moetrain.config import CreateConfig, RunConfig
 from moetrain.create import check_layout as check_experts
 from moetrain.create import load_model_config, meta_model, new_config
 
 STARTUP_SECONDS = 600
 """Time that a job is granted to load its model; a limit that leaves no more is surely a mistake."""
+RANK_SCRIPT = ROOT / "launch" / "rank.sh"
 CHECKPOINT_BYTES = {"fp32": 12, "master": 14, "bf16_stochastic": 6, "8bit": 4}
 """Bytes of a training checkpoint per parameter, by `optim.states`."""
 
@@ -99,6 +101,24 @@ def check_image(job: Job) -> str:
     if job.container.image.startswith("/") and not Path(job.container.image).is_file():
         _unseen_unless_cluster(job)
     return job.container.check_image()
+
+
+def check_python(job: Job) -> str:
+    """The Python of the ranks has moetrain."""
+    python = job.site.paths.python
+    if job.container is not None:
+        raise Unseen(f"{python} is the image's")
+    if not Path(python).is_absolute() or not Path(python).exists():
+        raise Unseen(f"{python} is looked for on the nodes")
+    _unseen_unless_cluster(job)
+    here = {name: os.environ[name] for name in HOST_VARIABLES if name in os.environ}
+    environment = {**here, "PATH": job.site.slurm.path, **job.environment()}
+    command = ["/bin/bash", str(RANK_SCRIPT), python, "-c", ""]
+    result = subprocess.run(command, cwd=job.site.paths.shared, env=environment, capture_output=True, text=True)
+    if result.returncode:
+        said = (result.stdout or result.stderr).strip() or f"it ends with {result.returncode}"
+        raise ValueError(f"paths.python={python} of the site file: {said.splitlines()[-1].removeprefix('error: ')}")
+    return f"{python} has moetrain"
 
 
 def check_shared(job: Job) -> str:

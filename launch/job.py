@@ -33,7 +33,6 @@ PREFLIGHT_MINUTES = 4
 RANK_VARIABLES = ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "OMP_NUM_THREADS", "PYTHONUNBUFFERED")
 HOST_VARIABLES = ("HOME", "LANG", "PATH", "USER")
 """Without a container the ranks get these too; an image has its own."""
-BECOME_RANK = 'export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID; exec "$@"'
 REPORT_NODE = (
     'PYTHONPATH=$0 "$@" > "$0/preflight-$SLURM_JOB_ID/$SLURMD_NODENAME.txt" 2>&1; '
     'echo $? > "$0/preflight-$SLURM_JOB_ID/$SLURMD_NODENAME.code"'
@@ -91,7 +90,8 @@ class Job:
         for number, config in enumerate(self.configs):
             name = f"config-{number}.yaml" if many else "config.yaml"
             (self.folder / name).write_text(config_yaml(config), encoding="utf-8")
-        shutil.copy(ROOT / "launch" / "job.sh", self.folder)
+        for script in ("job.sh", "rank.sh"):
+            shutil.copy(ROOT / "launch" / script, self.folder)
         shutil.copy(self.site_file, self.folder / "site.toml")
         (self.folder / "cluster").mkdir()
         for file in (ROOT / "cluster").glob("*.py"):
@@ -132,8 +132,7 @@ class Job:
 
     def train_command(self) -> str:
         """What each task of the training step runs."""
-        python = shlex.quote(self.site.paths.python)
-        return f'bash -c {shlex.quote(BECOME_RANK)} rank {python} -m moetrain train "$CONFIG"'
+        return f'bash "$JOB_DIR/rank.sh" {shlex.quote(self.site.paths.python)} -m moetrain train "$CONFIG"'
 
     def preflight_command(self) -> list[str]:
         """The preflight step: once a node, its verdict in files of the job's folder. Empty for none."""

@@ -15,7 +15,7 @@ import submitit
 from launch.job import ROOT
 from launch.run import LOCAL_RANKS, Run, configure, scaled_down
 from moetrain.guard import check_writable
-from moetrain.launcher import USER_ERROR, free_port, rank_environment
+from moetrain.launcher import USER_ERROR, rank_environment, reserved_port
 from moetrain.report import config_yaml
 
 TIMEOUT_MINUTES = 30
@@ -44,9 +44,10 @@ def run_local(run: Run, raw: Mapping[str, Any], overrides: Sequence[str]) -> int
     executor.update_parameters(
         tasks_per_node=ranks, gpus_per_node=_gpus(), timeout_min=TIMEOUT_MINUTES, stderr_to_stdout=True
     )
-    job = executor.submit(train_rank, str(config_file), ranks, free_port())
-    print(f"{run.name}, a small copy on {ranks} ranks; its folder: {folder}", flush=True)
-    _show(job, ranks)
+    with reserved_port() as port:
+        job = executor.submit(train_rank, str(config_file), ranks, port)
+        print(f"{run.name}, a small copy on {ranks} ranks; its folder: {folder}", flush=True)
+        _show(job, ranks)
     if telling := [rank for rank in range(ranks) if _told(job.task(rank))]:
         if telling[0] > 0:
             sys.stderr.write(job.task(telling[0]).paths.stdout.read_text(errors="replace"))

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from cluster.site import load_site
-from containers.spec import ContainerSpec
+from containers.spec import ContainerSpec, one_line
 from launch.job import ROOT, Job
 from launch.run import Run, configure, parse_minutes, parse_sweep
 from moetrain.config import CreateConfig, RunConfig, load_mapping
@@ -66,6 +66,11 @@ def job_of(run: Run, raw: Any, args: argparse.Namespace) -> Job:
         names = [f"{sweep.key}={value}" for value in sweep.values]
         outputs = [f"output_dir={config.output_dir}/{name.replace('/', '_')}" for name in names]
         configs = tuple(configure(raw, [*args.overrides, *pair]) for pair in zip(names, outputs, strict=True))
+    for config in configs:
+        try:
+            one_line(config.output_dir)
+        except ValueError as error:
+            raise ValueError(f"output_dir {error}") from None
     return Job(
         name=run.name,
         comment=run.comment,
@@ -178,6 +183,7 @@ def checks(run: Run, job: Job) -> Iterator[tuple[str, str, str]]:
         "time": lambda: check.check_time(job, saving),
         "image": lambda: check.check_image(job),
         "mounts": lambda: check.check_mounts(job),
+        "python": lambda: check.check_python(job),
         "shared": lambda: check.check_shared(job),
         "secrets": lambda: check.check_secrets(job),
         "run": lambda: check.check_run(job),
@@ -193,7 +199,7 @@ def checks(run: Run, job: Job) -> Iterator[tuple[str, str, str]]:
 
 def _step(job: Job) -> str:
     line = next(line for line in job.script().splitlines() if line.startswith("srun "))
-    return line.replace(" --", " \\\n    --").replace(" bash -c", " \\\n    bash -c")
+    return line.replace(" --", " \\\n    --").replace(" bash ", " \\\n    bash ")
 
 
 def parse(run: Run, argv: Sequence[str] | None = None) -> argparse.Namespace:

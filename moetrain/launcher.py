@@ -133,10 +133,10 @@ def run_local(command: Sequence[str], processes: int, log_dir: Path) -> int:
 
     previous = {signum: signal.signal(signum, note) for signum in FORWARDED}
     try:
-        port = free_port()
-        for rank in range(processes):
-            ranks.append(_start(command, rank_environment(rank, processes, port), log_dir / f"rank-{rank}.log"))
-        return _supervise(ranks, received, log_dir)
+        with reserved_port() as port:
+            for rank in range(processes):
+                ranks.append(_start(command, rank_environment(rank, processes, port), log_dir / f"rank-{rank}.log"))
+            return _supervise(ranks, received, log_dir)
     finally:
         _kill(ranks)
         for signum, handler in previous.items():
@@ -159,11 +159,21 @@ def rank_environment(rank: int, processes: int, port: int) -> dict[str, str]:
     }
 
 
-def free_port() -> int:
-    """A TCP port on loopback that nobody listens on."""
+@contextlib.contextmanager
+def reserved_port() -> Iterator[int]:
+    """A TCP port on loopback for the store of ranks that take seconds to start. Inside, the kernel gives it to no other
+    program, since it is bound; the store may listen on it, since both reuse addresses and this socket does not listen.
+    """
     with socket.socket() as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind(("127.0.0.1", 0))
         port: int = sock.getsockname()[1]
+        yield port
+
+
+def free_port() -> int:
+    """A TCP port on loopback that nobody has now; for a process alone, which has no ranks to meet."""
+    with reserved_port() as port:
         return port
 
 

@@ -166,6 +166,7 @@ def commands(options: Options, ports: Mapping[str, int]) -> dict[str, list[str]]
             f"--config.file={data / 'alertmanager.yml'}",
             f"--storage.path={data / 'alertmanager'}",
             f"--web.listen-address={here['alertmanager']}",
+            f"--web.external-url=http://{here['alertmanager']}",  # what alerts link to
             "--cluster.listen-address=",  # one of its kind needs no gossip, and no port for it
         ],
         "prometheus": [
@@ -173,6 +174,7 @@ def commands(options: Options, ports: Mapping[str, int]) -> dict[str, list[str]]
             f"--config.file={data / 'prometheus.yml'}",
             f"--storage.tsdb.path={data / 'prometheus'}",
             f"--web.listen-address={here['prometheus']}",
+            f"--web.external-url=http://{here['prometheus']}",  # what alerts link to
             "--storage.tsdb.retention.time=30d",
             "--storage.tsdb.retention.size=5GB",
             f"--query.lookback-delta={max(1.0, 300 / options.speed):.0f}s",

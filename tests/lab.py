@@ -31,6 +31,7 @@ needs_slurm = pytest.mark.skipif(
 
 FAKE_RANK = """#!/bin/bash
 # A rank without torch. What it does is the last part of its output_dir.
+[ "$1" != -c ] || exec {python} "$@"
 if [ "$2" = cluster.preflight ]; then
     echo "$SLURMD_NODENAME" > "checked-${{SLURM_RESTART_COUNT:-0}}-$SLURM_NODEID"
     [ "$SLURM_NODEID ${{SLURM_RESTART_COUNT:-0}}" != "$(cat unfit 2> /dev/null)" ] || {{

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 from launch.job import Job
@@ -29,6 +30,14 @@ def write_site(shared: Path, *tables: str, paths: str = "", slurm: str = "") -> 
 
 def make_job(site: Path, *flags: str, run: Run = RUN) -> Job:
     return job_of(run, run.config, parse(run, ["--site", str(site), *flags]))
+
+
+def python_without_moetrain(folder: Path) -> Path:
+    """A Python that has its standard library alone."""
+    file = folder / "bare-python"
+    file.write_text(f'#!/bin/sh\nunset PYTHONPATH\nexec {sys.executable} -S "$@"\n')
+    file.chmod(0o755)
+    return file
 
 
 def container(image: Path, *more: str, mounts: str | None = None) -> str:

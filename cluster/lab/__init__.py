@@ -3,7 +3,8 @@
     lab = up(Path(".lab"))            # about a second
     lab.run("srun", "-N16", "hostname")
     kill_node(lab, "h100-03")         # as a node dies: nothing of it is left
-    down(lab)                         # nothing of the lab is left
+    down(lab)                         # no process of the lab is left
+    remove(lab)                       # nor a file
 
 Everything it writes is below one directory; several labs may run at once. Nodes have GPUs by name only: files stand for
 their devices, and Slurm counts them and sets CUDA_VISIBLE_DEVICES. It needs no root, and jobs run as the user.
@@ -31,6 +32,8 @@ SBIN = "/usr/local/sbin:/usr/sbin:/sbin"
 """Debian's users do not have these on their PATH; the daemons are there."""
 START_SECONDS = 30.0
 STOP_SECONDS = 5.0
+FOLDERS = ("etc", "state", "run", "log", "munge", "dev", "spool")
+"""All that is below a lab's directory, beside `lab.json`."""
 PORT_RANGE = (17000, 20000)
 """Below those that the kernel gives to clients and those that jobs take for their ranks."""
 
@@ -82,8 +85,10 @@ def up(root: str | Path, nodes: int = 16, gpus: int = 8, node_timeout: int = 20,
     if missing := missing_programs():
         raise ValueError(f"the lab needs {', '.join(missing)}; `make lab-deps` installs them from Debian's packages")
     root = Path(root).absolute()
-    if (earlier := find(root)) is not None and daemons(earlier):
-        raise ValueError(f"a lab already runs in {root}; stop it with `make lab-down`")
+    if (earlier := find(root)) is not None:
+        if daemons(earlier):
+            raise ValueError(f"a lab already runs in {root}; stop it with `make lab-down`")
+        remove(earlier)  # the jobs of one that was killed would run again
     names = tuple(f"h100-{number:02d}" for number in range(1, nodes + 1))
     lab = Lab(str(root), names, gpus, _free_ports(nodes + 1))
     _write_files(lab, node_timeout, extra)
@@ -111,6 +116,16 @@ def down(lab: Lab) -> None:
         with contextlib.suppress(TimeoutError):
             _wait(lambda: not daemons(lab), STOP_SECONDS)
             break
+
+
+def remove(lab: Lab) -> None:
+    """Take away what a lab that is down has written; what others have put below its directory stays."""
+    root = Path(lab.root)
+    for folder in FOLDERS:
+        shutil.rmtree(root / folder, ignore_errors=True)
+    (root / "lab.json").unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        root.rmdir()
 
 
 def find(root: str | Path) -> Lab | None:
@@ -161,7 +176,7 @@ def start_node(lab: Lab, node: str) -> None:
 
 def _write_files(lab: Lab, node_timeout: int, extra: Iterable[str]) -> None:
     root = Path(lab.root)
-    for folder in ("etc", "state", "run", "log", "munge", "dev", *(f"spool/{node}" for node in lab.nodes)):
+    for folder in (*FOLDERS, *(f"spool/{node}" for node in lab.nodes)):
         (root / folder).mkdir(parents=True, exist_ok=True)
     for gpu in range(lab.gpus):
         device = root / f"dev/nvidia{gpu}"

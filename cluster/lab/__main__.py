@@ -29,13 +29,16 @@ def main() -> int:
         print(f"up in {time.monotonic() - begin:.1f} s; to use it:\n  export SLURM_CONF={found.root}/etc/slurm.conf")
         return 0
     earlier = lab.find(args.root)
-    if earlier is None or not lab.daemons(earlier):
+    runs = earlier is not None and bool(lab.daemons(earlier))
+    if earlier is not None and args.verb == "down":
+        lab.down(earlier)
+        lab.remove(earlier)
+    if earlier is None or not runs:
         print(f"no lab runs in {args.root}")
         return 0 if args.verb == "down" else 1
     if args.verb == "status":
         print(earlier.run("sinfo") + earlier.run("squeue"), end="")
         return 0
-    lab.down(earlier)
     print(f"down in {time.monotonic() - begin:.1f} s")
     return 0
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -101,7 +102,7 @@ class StepRecord:
             order = sorted(range(len(self.rank_seconds)), key=self.rank_seconds.__getitem__)
             slowest = order[: -SLOW_RANKS - 1 : -1]
             out["slow_ranks"] = [{"rank": r, "seconds": round(self.rank_seconds[r], 4)} for r in slowest]
-            out["median_rank_seconds"] = round(self.rank_seconds[order[len(order) // 2]], 4)
+            out["median_rank_seconds"] = round(statistics.median(self.rank_seconds), 4)
         return out
 
 

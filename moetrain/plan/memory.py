@@ -7,6 +7,8 @@ FSDP2 gathers, keeps and reduces while modules are entered and left. The sum ove
     forward     a unit's weights, and the flat buffer they were gathered into until the next unit's are there
     backward    a unit's weights, the next unit's buffer, its own whole gradients, the flat buffer that the unit
                 before is reduced from; then only the shard of its gradient stays
+    the model   what belongs to no smaller unit is gathered all the time, and its whole gradients stay to the end of
+                the backward: FSDP2 reduces when a module's inputs have their gradients, and token ids have none
     one rank    a unit that one rank holds alone is used in place; in a captured step the gradients of such experts are
                 computed beside the next layer, and what they are computed from stays until then
 """
@@ -206,6 +208,8 @@ class _Held:
         if event.what == "gradient":
             unit = self.unit_of_parameter[event.name]
             yield from self._gradient(unit, event)
+        elif event.what == "end" and "" in self.whole_gradients:
+            yield from self._reduce(self.unit_of_module[""], event)
         elif event.what == "leave" and event.name == "":
             self.buffer = 0
         elif (found := self.unit_of_module.get(event.name)) is not None and event.what in _MODULE_EVENTS:
@@ -242,8 +246,10 @@ class _Held:
         if not unit.in_experts:
             self.whole_gradients[unit.name] += parameter.sizes(self.layout)[0] * parameter.itemsize
         self.awaited[unit.name].discard(event.name)
-        if self.awaited[unit.name]:
-            return
+        if not self.awaited[unit.name] and unit.name:
+            yield from self._reduce(unit, event)
+
+    def _reduce(self, unit: Unit, event: Event) -> Iterator[dict[str, int]]:
         self.gathered.pop(unit.name, None)
         if unit.in_experts:
             self.aside = self.aside_of_a_layer

@@ -88,6 +88,7 @@ class Row:
 NODE = Layout(nodes=1, gpus_per_node=8, ep=8)
 FOUR = Layout(nodes=1, gpus_per_node=4, ep=4)
 BATCH_1 = Step(dispatch="alltoall", kernels="torch")
+ALONE = Step(dispatch="alltoall", compiled=True)
 MARGIN = 1.25
 """Room over the fullest call of a layer in the captured steps that were measured, each layer with memory of its own."""
 SEQUENTIAL = Step(dispatch="nvlink", rows_over_mean=MARGIN, compiled=True)
@@ -167,6 +168,15 @@ ROWS = (
         note="Its time is the host's, and waiting for the fullest rank; the plan's is the GPU's.",
     ),
     Row(
+        "Qwen3-30B-A3B, rank 3 of 8 alone on an H200, EP=8, batch 1, `alltoall`, eager",
+        OURS, 45.2, QWEN, NODE, ALONE, note="By `moetrain plan --simulate`: every rank gets the mean rows.",
+    ),
+    Row(
+        "Nemotron-3-Ultra-550B-A55B, rank 37 of 128 alone on an H200, EP=64, batch 2, full activation checkpointing",
+        OURS, 53.71, "nemotron-3-ultra-550b-a55b", Layout(16, 8, 64), replace(ALONE, batch=2, checkpointing="full"),
+        note="Likewise.",
+    ),
+    Row(
         "Transformers 5.17, Qwen3-30B-A3B, 8 H200, FSDP2 alone, grouped_mm, batch 1",
         OURS, 66.4, QWEN, NODE._replace(ep=1), Step(kernels="torch", loss="plain"), keep="never",
         system="transformers", note="Its experts and its loss run as they are.",
@@ -229,8 +239,9 @@ TIME_WITHIN = 0.10
 @cache
 def _traced(system: str, model: str, step: Step) -> tuple[StepTrace, list[Unit]]:
     build, around = _SYSTEMS[system](model)
+    units = units_of(build(), OPTIM)
     with around:
-        return trace_step(build, step), units_of(build(), OPTIM)
+        return trace_step(build, step), _head_apart(units) if "automodel" in system else units
 
 
 def build_ours(model: str) -> tuple[Callable[[], PreTrainedModel], Any]:
@@ -288,6 +299,11 @@ def _with_fused_norms(model: PreTrainedModel) -> PreTrainedModel:
         if type(module).__name__.endswith("RMSNorm"):
             module.forward = types.MethodType(lambda norm, x: kernel([x, norm.weight], x.shape), module)
     return model
+
+
+def _head_apart(units: list[Unit]) -> list[Unit]:
+    """The head as a unit of its own, which AutoModel makes of it; the model's own unit holds nothing else."""
+    return [replace(unit, modules=("lm_head",)) if unit.name == "" else unit for unit in units]
 
 
 @contextmanager

@@ -26,6 +26,8 @@ SCALARS = (
     *("expert_load_max_over_mean", "idle_experts", "load_entropy"),
 )
 """Numbers of a step record that are columns; one that a record lacks is NaN."""
+ENDS = ("stop", "nonfinite", "done")
+"""Events that end a run."""
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import numpy as np
 
 from moetrain.metrics import bytes_text
 from moetrain.report.curves import FloatArray
-from moetrain.report.history import History, Record
+from moetrain.report.history import ENDS, History, Record
 from moetrain.report.text import clock, duration, loss_text, number, share
 
 EVENTS_SHOWN = 200
@@ -77,6 +77,7 @@ def _steps_rows(history: History) -> Iterator[tuple[str, str]]:
     loss, speed = history["loss"], median(history["tokens_per_second"])
     total = history.total_steps
     yield "steps", f"{history.steps_S[-1]:,}" + (f" of {total:,}" if total else "")
+    yield "end", end(history)
     yield "label tokens", f"{np.nansum(history['tokens']):,.0f}"
     yield "training loss", f"{loss_text(loss[0])} at first, {loss_text(loss[-1])} at last"
     lost = int((~np.isfinite(loss)).sum())
@@ -102,6 +103,20 @@ def _steps_rows(history: History) -> Iterator[tuple[str, str]]:
     balance = history["expert_load_max_over_mean"]
     if np.isfinite(balance).any():
         yield "expert load", f"busiest over mean {median(balance):.2f} (median of the steps)"
+
+
+def end(history: History) -> str:
+    """How the newest start ended. A run that is killed cannot say so."""
+    begun = _time(history.about)
+    ends = [record for record in history.events if record.get("event") in ENDS and _time(record) >= begun]
+    first = ends[0] if ends else {}  # a run that is out of time is done after it says so
+    if first.get("event") == "stop":
+        return f"stopped by {first.get('signal', 'a signal')}"
+    if first.get("event") == "nonfinite":
+        return f"step {first.get('step')} was not finite"
+    if first or history.total_steps == history.steps_S[-1]:
+        return "done"
+    return "none written: it goes on, failed, or was killed"
 
 
 def events(history: History) -> list[tuple[str, str, str]]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from moetrain.metrics import FILE_NAME
-from moetrain.report.history import Record, number_of, phases_of
+from moetrain.report.history import ENDS, Record, number_of, phases_of
 from moetrain.report.summary import event_text
 from moetrain.report.text import clock
 from moetrain.top.snapshot import Rank, Snapshot
@@ -88,7 +88,8 @@ class FileSource:
 
     def _forget(self) -> None:
         self._about: Record = {}
-        self._newest: Record = {}
+        self._end: Record = {}
+        """The event that ended the run, if nothing went on after it but its last checkpoint."""
         self._steps: deque[Record] = deque(maxlen=STEPS_KEPT)
         self._eval: Record = {}
         self._events: deque[Record] = deque(maxlen=EVENTS_KEPT)
@@ -112,8 +113,10 @@ class FileSource:
             self._events.append(record)
             if record.get("event") == "checkpoint":
                 self._saved = [*self._saved[-1:], record]
-        if kind in ("run", "step", "event"):
-            self._newest = record
+            elif record.get("event") in ENDS:
+                self._end = record
+        if kind in ("run", "step"):
+            self._end = {}
 
     def _snapshot(self) -> Snapshot:
         run = str(self._about.get("run") or self._folder.resolve().name)
@@ -184,10 +187,10 @@ class FileSource:
 
     def _add_end(self, shot: Snapshot) -> None:
         """A run is over with its last step, or with an event that ends it and that no start follows."""
-        last = self._newest
-        event = last.get("event") if last.get("kind") == "event" else None
+        event = self._end.get("event")
         if event == "stop":
-            shot.state, shot.ended = f"stopped by {last.get('signal', 'a signal')}, the same command goes on", True
+            signal = self._end.get("signal", "a signal")
+            shot.state, shot.ended = f"stopped by {signal}, the same command goes on", True
         elif event == "nonfinite":
             shot.state, shot.ended, shot.nonfinite = "failed", True, True
         elif event == "done" or (shot.total_steps and shot.step >= shot.total_steps):

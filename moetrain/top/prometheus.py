@@ -22,6 +22,19 @@ CURVE_SECONDS, CURVE_POINTS = 3600, 120
 AT_ONCE = 6
 """Queries on their way together."""
 
+
+def _in_steps(counter: str, window: str = WINDOW) -> str:
+    """What all ranks counted over the seconds of the steps that counted it, and so exact however few scrapes there are:
+    `rate` divides by the whole window, also in the first minutes of a run."""
+    seconds = f"sum(increase(moetrain_step_duration_seconds_sum{{%s}}[{window}]))"
+    return f"sum(increase({counter}{{%s}}[{window}])) / ({seconds} > 0)"
+
+
+def _of_late(counter: str) -> str:
+    """The same, over an hour where the window holds no step."""
+    return f"{_in_steps(counter)} or {_in_steps(counter, '1h')}"
+
+
 OWN = (
     f'sum by (rank, node) (rate(moetrain_phase_seconds_total{{%s, phase=~"forward_backward|optimizer"}}[{WINDOW}]))'
     f" / sum by (rank, node) (rate(moetrain_step_duration_seconds_count{{%s}}[{WINDOW}]))"
@@ -33,12 +46,12 @@ SINGLE = {
     "validation_loss": "max(moetrain_validation_loss{%s})",
     "grad_norm": "max(moetrain_gradient_norm{%s})",
     "lr": "max(moetrain_learning_rate{%s})",
-    "speed": f"avg(rate(moetrain_tokens_total{{%s}}[{WINDOW}]))",
+    "speed": _of_late("moetrain_tokens_total"),
     "expected_speed": "max(moetrain_expected_tokens_per_second_per_gpu{%s})",
-    "mfu": f"sum(rate(moetrain_model_flops_total{{%s}}[{WINDOW}])) / sum(moetrain_gpu_peak_flops{{%s}})",
-    "step_seconds": f"sum(rate(moetrain_step_duration_seconds_sum{{%s}}[{WINDOW}]))"
-    f" / sum(rate(moetrain_step_duration_seconds_count{{%s}}[{WINDOW}]))",
-    "steps_per_second": "max(rate(moetrain_step_duration_seconds_count{%s}[10m]))",
+    "mfu": f"({_of_late('moetrain_model_flops_total')}) / avg(moetrain_gpu_peak_flops{{%s}})",
+    "step_seconds": f"1 / ({_of_late('moetrain_step_duration_seconds_count')})",
+    "seconds_per_step": "sum(increase(moetrain_phase_seconds_total{%s}[10m]))"
+    " / (sum(increase(moetrain_step_duration_seconds_count{%s}[10m])) > 0)",
     "last_step_time": "max(moetrain_last_step_timestamp_seconds{%s})",
     "memory_reserved": 'max(moetrain_gpu_memory_bytes{%s, kind="reserved"})',
     "idle_experts": f"sum(min_over_time(moetrain_idle_experts{{%s}}[{WINDOW}]))",
@@ -65,7 +78,7 @@ MANY = {
     "state": "count by (phase) (moetrain_phase{%s} == 1)",
     "alerts": 'ALERTS{%s, alertstate="firing"}',
 }
-CURVES = {"losses": "max(moetrain_loss{%s})", "speeds": f"avg(rate(moetrain_tokens_total{{%s}}[{WINDOW}]))"}
+CURVES = {"losses": "max(moetrain_loss{%s})", "speeds": _in_steps("moetrain_tokens_total")}
 
 
 class Sample(NamedTuple):
@@ -127,8 +140,7 @@ class PrometheusSource:
         ):
             setattr(shot, name, one[name])
         shot.nonfinite, shot.checkpoint_failed = one["nonfinite"] > 0, one["checkpoint_failures"] > 0
-        if one["steps_per_second"] > 0:
-            shot.left_seconds = max(shot.total_steps - shot.step, 0) / one["steps_per_second"]
+        shot.left_seconds = max(shot.total_steps - shot.step, 0) * one["seconds_per_step"]
         for sample in found["memory"]:
             shot.memory, shot.memory_rank = sample.value * shot.memory_total, sample.labels.get("rank", "")
         for sample in found["balance"]:

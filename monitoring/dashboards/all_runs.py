@@ -12,6 +12,8 @@ from monitoring.dashboards.style import ANY_IS_BAD, Steps, steps
 UID = "moetrain-runs"
 RUNS = 'run=~"$run"'
 UP = f'up{{job="moetrain", {RUNS}}}'
+FIRING = 'ALERTS{alertstate="firing", run=~"$run|"}'
+"""With those of the hardware, which know no run."""
 NONE = "No run answers"
 AGAINST_PLAN: Steps = ((None, "red"), (0.8, "orange"), (0.9, "green"))
 
@@ -20,7 +22,7 @@ def dashboard() -> dict[str, Any]:
     """One row a run; its name leads to the run's page."""
     about = "Every run that answers or has answered in this time range. A run's name opens its page."
     sections = [("Now", [*_now(), _table()]), ("Compared", _compared())]
-    return page(UID, "All runs", about, sections, [runs()], annotations=[alerts()], since="now-6h", refresh="30s")
+    return page(UID, "All runs", about, sections, [runs()], annotations=[alerts(FIRING)], since="now-6h", refresh="30s")
 
 
 def _now() -> list[Any]:
@@ -53,7 +55,7 @@ def _now() -> list[Any]:
         number(
             "Alerts firing",
             "none",
-            now('count(ALERTS{alertstate="firing"}) or vector(0)'),
+            now(f"count({FIRING}) or vector(0)"),
             about="Of runs and hardware.",
             empty="No rules loaded",
             steps=ANY_IS_BAD,

@@ -8,7 +8,7 @@ from grafana_foundation_sdk.models.common import LegendPlacement
 
 from monitoring.dashboards.page import events, layers, one_run, page
 from monitoring.dashboards.panels import Column, bars, grid, heat, lines, listing, number
-from monitoring.dashboards.queries import RUN, now, query, rows, worst
+from monitoring.dashboards.queries import FIRING, RUN, now, query, rows, worst
 from monitoring.dashboards.style import ANY_IS_BAD, Steps
 
 UID = "moetrain-experts"
@@ -32,7 +32,7 @@ def dashboard() -> dict[str, Any]:
         ("By layer", _by_layer()),
         ("By expert (with metrics.expert_matrix: true)", _by_expert()),
     ]
-    return page(UID, "Experts and balance", about, sections, [one_run(), layers()], annotations=events())
+    return page(UID, "Experts and balance", about, sections, [one_run(), layers()], annotations=events(FIRING))
 
 
 def _now() -> list[Any]:

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from typing import Any
 
-from monitoring.dashboards.page import events, nodes, one_run, page, ranks
-from monitoring.dashboards.panels import Column, heat, lines, listing, number, shares
-from monitoring.dashboards.queries import RUN, buckets, now, phase_code, query, rows
+from monitoring.dashboards.page import events, nodes, one_run, page
+from monitoring.dashboards.panels import Column, heat, lines, listing, number, shares, states
+from monitoring.dashboards.queries import FIRING_HERE, RUN, buckets, now, phase_code, query, rows
 from monitoring.dashboards.style import ANY_IS_BAD, SEVERITIES, dashed, phase_names, steps, value
 
 UID = "moetrain-glance"
 SILENT = "No rank answers"
 STEP = f"max(moetrain_step{{{RUN}}})"
 PLANNED = f"max(moetrain_steps_planned{{{RUN}}})"
-STEPS_PER_SECOND = f"max(rate(moetrain_step_duration_seconds_count{{{RUN}}}[5m]))"
+SECONDS = f"sum(increase(moetrain_phase_seconds_total{{{RUN}}}[%s]))"
+STEPS = f"sum(increase(moetrain_step_duration_seconds_count{{{RUN}}}[%s]))"
+PACE = " or ".join(f"{SECONDS} / ({STEPS} > 0)" % (window, window) for window in ("5m", "1h"))
+"""Seconds of a step with all that is done between two, also where a scrape or a step is minutes apart."""
+MOVING = f"run:moetrain_seconds_since_progress:min{{{RUN}}} < on (run) run:moetrain_stall_limit_seconds:max{{{RUN}}}"
 UP = f'up{{job="moetrain", {RUN}}}'
-ALERTS = 'ALERTS{alertstate="firing", run=~"$run|"}'
 STEP_SPEED = f"run:moetrain_step_tokens_per_second_per_gpu:avg{{{RUN}}}"
 SPEED = f"run:moetrain_tokens_per_second_per_gpu:avg{{{RUN}}}"
 SAVED_AGO = f"(time() - max(moetrain_last_checkpoint_timestamp_seconds{{{RUN}}} > 0))"
@@ -29,12 +32,12 @@ def dashboard() -> dict[str, Any]:
         "Green tiles and no firing alert: nothing to do. Otherwise follow the tile's description."
     )
     sections = [
-        ("Now", [*_state(), *_speed()]),
+        ("Now", [*_state(), *_speed(), _course()]),
         ("Learning", _learning()),
         ("Speed", _course_of_speed()),
         ("What holds it up", _health()),
     ]
-    return page(UID, "Run at a glance", about, sections, [one_run(), nodes(), ranks()], annotations=events())
+    return page(UID, "Run at a glance", about, sections, [one_run(), nodes()], annotations=events())
 
 
 def _state() -> list[Any]:
@@ -62,7 +65,7 @@ def _state() -> list[Any]:
         number(
             "Time left",
             "s",
-            now(f"({PLANNED} - {STEP}) / ({STEPS_PER_SECOND} > 0)"),
+            now(f"({PLANNED} - {STEP}) * ({PACE}) and on () {MOVING}"),
             about="Steps that are left, at the pace of the last five minutes, with evaluations and checkpoints.",
             empty="Not moving",
             width=3,
@@ -93,9 +96,9 @@ def _state() -> list[Any]:
         number(
             "Alerts firing",
             "none",
-            now(f"count({ALERTS}) or vector(0)"),
-            about="Of this run and of the hardware. Each alert below names its likely cause and the first command to "
-            "run.",
+            now(f"count({FIRING_HERE}) or vector(0)"),
+            about="Of this run and of the hardware of its nodes. Each alert below names its likely cause and the "
+            "first command to run.",
             empty="No rules loaded",
             width=3,
             steps=ANY_IS_BAD,
@@ -188,6 +191,19 @@ def _speed() -> list[Any]:
             "of interval", [value("unit", "percentunit"), steps(((None, "green"), (1.2, "orange"), (2, "red")))]
         ),
     ]
+
+
+def _course() -> Any:
+    down = f"min by (run) ({UP}) == 0"
+    return states(
+        "What the run did",
+        query(f"({down}) or on (run) max by (run) ({phase_code(RUN)})", "{{run}}"),
+        phase_names(),
+        about="Green is training; goodput is lost in everything else. Red: at least one rank did not answer. A gap: "
+        "none was looked for, between two jobs.",
+        empty="Not running",
+        height=4,
+    )
 
 
 def _learning() -> list[Any]:
@@ -298,7 +314,7 @@ def _health() -> list[Any]:
         listing(
             "Firing alerts",
             columns,
-            rows(ALERTS),
+            rows(FIRING_HERE),
             about="The alert's annotations in Alertmanager name the likely cause and the first command to run.",
             empty="None: all rules are quiet",
         ),

@@ -103,8 +103,8 @@ def _work() -> list[Any]:
                 f'DCGM_FI_PROF_PIPE_TENSOR_ACTIVE{{{NODES}}}, "place", " GPU ", "node", "gpu"))',
                 "{{place}}",
             ),
-            about="Even is good. A dark line: a GPU that waits or is throttled. All dark for a while: data, "
-            "checkpoint, stall.",
+            about="Even is good. A line brighter than the others: a slow GPU, always busy while they wait for it. "
+            "A dark line: a GPU without work. All dark for a while: data, checkpoint, stall.",
             empty=NO_DCGM,
             rows_are="GPU",
             low=0,

@@ -15,7 +15,7 @@ from grafana_foundation_sdk.models.dashboard import (
     VariableSort,
 )
 
-from monitoring.dashboards.queries import PROMETHEUS, RUN, query
+from monitoring.dashboards.queries import FIRING_HERE, PROMETHEUS, RUN, query
 
 TAG = "moetrain"
 Section = tuple[str, Sequence[Any]]
@@ -105,7 +105,7 @@ def layers() -> dashboard.QueryVariable:
     return variable.sort(VariableSort.NUMERICAL_ASC)
 
 
-def events() -> list[dashboard.AnnotationQuery]:
+def events(firing: str = FIRING_HERE) -> list[dashboard.AnnotationQuery]:
     """Marks for checkpoints, restarts and alerts of the run. Checkpoints carry their own time, so theirs is exact."""
     saved = f"moetrain_last_checkpoint_timestamp_seconds{{{RUN}}}"
     restarts = f"moetrain_restarts{{{RUN}}}"
@@ -118,13 +118,13 @@ def events() -> list[dashboard.AnnotationQuery]:
             f"max by (run) ({restarts}) > max by (run) (max_over_time({restarts}[6h] offset 1m))",
             "restarted",
         ),
-        alerts(),
+        alerts(firing),
     ]
 
 
-def alerts() -> dashboard.AnnotationQuery:
-    """Marks for as long as an alert fires. Hardware alerts have no run: they are shown for every run."""
-    mark = _mark("Alerts", "red", 'ALERTS{alertstate="firing", run=~"$run|"}', "{{alertname}}")
+def alerts(firing: str) -> dashboard.AnnotationQuery:
+    """Marks for as long as an alert fires."""
+    mark = _mark("Alerts", "red", firing, "{{alertname}}")
     return mark.text_format("{{node}} rank {{rank}}").tag_keys("severity")
 
 

@@ -16,7 +16,7 @@ from monitoring.demo.faults import Fault
 from monitoring.demo.run import Run, Shape
 
 MINUTES = 60
-LARGE, SMALL = Shape("large", nodes=16, gpus=8), Shape("small", nodes=2, gpus=8, step_seconds=2.0, layers=12)
+LARGE, SMALL = Shape("large", nodes=16, gpus=8), Shape("small", nodes=2, gpus=8, step_seconds=3.2, layers=12)
 STORY = (
     Fault("xid", 900),  # a GPU falls off its bus,
     Fault("rank-down", 900, 1020),

@@ -11,6 +11,9 @@ RUN = 'run="$run"'
 RANKS = 'run="$run", node=~"$node", rank=~"$rank"'
 NODES = 'node=~"$node"'
 """Hardware exporters know their node but not the run; All stands for the nodes of the run."""
+FIRING = 'ALERTS{alertstate="firing", run="$run"}'
+FIRING_HERE = f'{FIRING} or ALERTS{{alertstate="firing", run="", {NODES}}}'
+"""With those of the hardware, which know their node but not the run."""
 PHASES = {"setup": "blue", "train": "green", "evaluate": "purple", "checkpoint": "yellow", "done": "text"}
 """What a rank does now, in the order of the codes 1 ... 5 of `phase_code`, with its colour; 0 is one that is down."""
 

@@ -71,7 +71,7 @@ def gpu_samples(run: Run, rank: int, seconds: float) -> dict[str, float]:
     """Values of a GPU by metric name."""
     hit = rank == run.victim
     trouble = active(run.faults, seconds) if hit else frozenset()
-    busy = float(run.busy(seconds))
+    busy, work = float(run.busy(seconds)), run.work(rank, seconds)
     wobble = 1 + 0.03 * math.sin(seconds / 7 + rank)
     hot = "throttle" in trouble
     used = 0.86 * MEMORY / MEBIBYTE
@@ -88,9 +88,9 @@ def gpu_samples(run: Run, rank: int, seconds: float) -> dict[str, float]:
     return {
         "DCGM_FI_DEV_SM_CLOCK": 1980 - 500 * hot,
         "DCGM_FI_DEV_MEM_CLOCK": 3201,
-        "DCGM_FI_DEV_GPU_TEMP": (34 + 30 * busy) * wobble + 22 * hot,
-        "DCGM_FI_DEV_MEMORY_TEMP": (40 + 34 * busy) * wobble + 18 * hot,
-        "DCGM_FI_DEV_POWER_USAGE": (110 + 540 * busy) * wobble,
+        "DCGM_FI_DEV_GPU_TEMP": (34 + 30 * work) * wobble + 22 * hot,
+        "DCGM_FI_DEV_MEMORY_TEMP": (40 + 34 * work) * wobble + 18 * hot,
+        "DCGM_FI_DEV_POWER_USAGE": (110 + 540 * work) * wobble * (1 - 0.3 * hot),
         "DCGM_FI_DEV_TOTAL_ENERGY_CONSUMPTION": 4e11 + 640e3 * seconds,
         "DCGM_FI_DEV_POWER_VIOLATION": 2e8 * seconds,
         "DCGM_FI_DEV_THERMAL_VIOLATION": 4e8 * trouble_seconds,
@@ -98,14 +98,14 @@ def gpu_samples(run: Run, rank: int, seconds: float) -> dict[str, float]:
         "DCGM_FI_DEV_RELIABILITY_VIOLATION": 0,
         "DCGM_FI_DEV_GPU_UTIL": 99 * busy,
         "DCGM_FI_PROF_GR_ENGINE_ACTIVE": 0.97 * busy,
-        "DCGM_FI_PROF_SM_ACTIVE": 0.82 * busy * wobble,
-        "DCGM_FI_PROF_SM_OCCUPANCY": 0.31 * busy * wobble,
-        "DCGM_FI_PROF_PIPE_TENSOR_ACTIVE": 0.38 * busy * wobble,
-        "DCGM_FI_PROF_DRAM_ACTIVE": 0.44 * busy * wobble,
-        "DCGM_FI_PROF_NVLINK_TX_BYTES": 7.5e10 * busy * wobble,
-        "DCGM_FI_PROF_NVLINK_RX_BYTES": 7.4e10 * busy * wobble,
-        "DCGM_FI_PROF_PCIE_TX_BYTES": 1.1e9 * busy * wobble,
-        "DCGM_FI_PROF_PCIE_RX_BYTES": 0.9e9 * busy * wobble,
+        "DCGM_FI_PROF_SM_ACTIVE": 0.82 * work * wobble,
+        "DCGM_FI_PROF_SM_OCCUPANCY": 0.31 * work * wobble,
+        "DCGM_FI_PROF_PIPE_TENSOR_ACTIVE": 0.38 * work * wobble,
+        "DCGM_FI_PROF_DRAM_ACTIVE": 0.44 * work * wobble,
+        "DCGM_FI_PROF_NVLINK_TX_BYTES": 7.5e10 * work * wobble,
+        "DCGM_FI_PROF_NVLINK_RX_BYTES": 7.4e10 * work * wobble,
+        "DCGM_FI_PROF_PCIE_TX_BYTES": 1.1e9 * work * wobble,
+        "DCGM_FI_PROF_PCIE_RX_BYTES": 0.9e9 * work * wobble,
         "DCGM_FI_DEV_FB_USED": used,
         "DCGM_FI_DEV_FB_FREE": MEMORY / MEBIBYTE - used - 600,
         "DCGM_FI_DEV_FB_RESERVED": 600,
@@ -150,22 +150,22 @@ def node_page(run: Run, node: str, seconds: float) -> bytes:
         if name.startswith("node_infiniband"):
             for port in range(run.shape.gpus):
                 down = run.begun("infiniband", seconds) if hit and port == run.victim % run.shape.gpus else 0
-                value = port_value(name.removeprefix("node_infiniband_"), seconds, down)
+                value = port_value(name.removeprefix("node_infiniband_"), run.exchanging, down)
                 lines.append(f'{name}{{device="mlx5_{port}",port="1"}} {value:.12g}')
         else:
             lines.append(f"{name} {machine_value(name, run.busy(seconds)):.12g}")
     return ("\n".join(lines) + "\n").encode()
 
 
-def port_value(name: str, seconds: float, went_down: int) -> float:
-    """A port of 400 Gbit/s at a third of its rate."""
+def port_value(name: str, exchanging: float, went_down: int) -> float:
+    """A port of 400 Gbit/s at a third of its rate while it is used, which was so many seconds."""
     values = {
         "state_id": 4,
         "physical_state_id": 5,
         "rate_bytes_per_second": 5e10,
-        "port_data_received_bytes_total": 1.6e10 * seconds,
-        "port_data_transmitted_bytes_total": 1.6e10 * seconds,
-        "port_transmit_wait_total": 2e5 * seconds,
+        "port_data_received_bytes_total": 1.6e10 * exchanging,
+        "port_data_transmitted_bytes_total": 1.6e10 * exchanging,
+        "port_transmit_wait_total": 2e5 * exchanging,
         "link_downed_total": 2 + went_down,
         "link_error_recovery_total": went_down,
     }

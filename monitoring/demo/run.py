@@ -19,8 +19,8 @@ from monitoring.demo.faults import Fault, active, begun
 SETUP, EVALUATION, SAVE, RESTART = 20.0, 12.0, 8.0, 90.0
 """Seconds that each takes; of the last, that pass between two restarts."""
 EVALUATE_EVERY, SAVE_EVERY, STEPS = 100, 60, 20_000
-TOKENS = 8192
-"""Of a rank in a step."""
+TOKENS = 65_536
+"""Of a rank in a step: a model with 3 billion active parameters at a third of the GPU's peak."""
 FLOPS_PER_TOKEN, PEAK_FLOPS = 2.1e10, 989e12
 MEMORY = 141e9
 SHARES = {"own": 0.72, "optimizer": 0.05, "data": 0.01, "exchange": 0.2, "other": 0.02}
@@ -67,6 +67,7 @@ class Run:
         self._popularity_LE = self._random.dirichlet(np.full(shape.experts, 8.0), size=shape.layers)
         self._restarts, self._productive, self._saved_step = 0, 0.0, 0
         self._next_restart = math.inf
+        self._steps_made = 0  # of all starts
         self._until = 0.0  # when the ranks are done with what they do
         self._start(0.0)
 
@@ -149,6 +150,7 @@ class Run:
 
     def _finish_step(self, seconds: float, trouble: frozenset[str]) -> None:
         self._step += 1
+        self._steps_made += 1
         unit = self.shape.step_seconds / self._speed
         optimizer, other = SHARES["optimizer"] * unit, SHARES["other"] * unit
         redo = "overflow" in trouble and self._step % 4 == 0
@@ -163,7 +165,7 @@ class Run:
             series.set(step=self._step, last_step_seconds=self._lasts)
             series.set(last_step_timestamp_seconds=self._epoch + seconds)
             full = "memory" in trouble and rank == self.victim
-            series.memory = (0.61 * MEMORY, 0.84 * MEMORY, (0.97 if full else 0.8) * MEMORY)
+            series.memory = (0.61 * MEMORY, (0.98 if full else 0.84) * MEMORY, (0.97 if full else 0.8) * MEMORY)
         self._productive += self._lasts
         self._tell_of_run(trouble)
 
@@ -272,6 +274,19 @@ class Run:
     def busy(self, seconds: float) -> bool:
         """Whether the GPUs have work."""
         return self._state in ("train", "evaluate") and not self._held(active(self.faults, seconds))
+
+    def work(self, rank: int, seconds: float) -> float:
+        """Share of the time in which a GPU computes, over that of a step without trouble: ranks that wait for another
+        compute less."""
+        if self._state != "train" or not self.busy(seconds):
+            return float(self.busy(seconds))
+        return self._own[rank] / (self._until - self._begun) / SHARES["own"]
+
+    @property
+    def exchanging(self) -> float:
+        """Seconds that the steps of all starts would have taken without trouble: what crosses the network grows with
+        them."""
+        return self._steps_made * self.shape.step_seconds / self._speed
 
     def begun(self, name: str, seconds: float) -> int:
         return begun(self.faults, name, seconds)

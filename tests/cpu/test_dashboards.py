@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import re
 import shutil
 import subprocess
 from collections import Counter
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ from monitoring.dashboards.queries import PHASES
 from monitoring.dashboards.style import TIMES
 from monitoring.demo.hardware import NODE_METRICS, read_counters
 from monitoring.stack import FOLDER
+from tests.grafana_types import problems
 
 MODELS: dict[str, dict[str, Any]] = {
     name: json.loads((JSON / f"{name}.json").read_text(encoding="utf-8")) for name in DASHBOARDS
@@ -68,18 +71,59 @@ def test_nothing_is_unknown_to_grafanas_types(name: str) -> None:
     assert mended(again) == MODELS[name]
 
 
+def parts(model: dict[str, Any]) -> list[tuple[str, str, Any]]:
+    """A dashboard, and what its own type leaves open: the options of each panel's type, and its queries.
+
+    Returns:
+        Library module or schema, class or definition there, and the part.
+    """
+    found: list[tuple[str, str, Any]] = [("dashboard", "Dashboard", model)]
+    for panel in model["panels"]:
+        if panel["type"] != "row":
+            kind = panel["type"].replace("-", "")
+            found.append((kind, "Options", panel["options"]))
+            found.append((kind, "FieldConfig", panel["fieldConfig"]["defaults"].get("custom", {})))
+            found += [("prometheus", "Dataquery", target) for target in panel["targets"]]
+    return found
+
+
+def type_problems(model: dict[str, Any]) -> list[str]:
+    found = []
+    for module, name, value in parts(model):
+        known = vars(import_module(f"grafana_foundation_sdk.models.{module}"))
+        if name in known or value:  # a panel type without options of its own has no such class
+            found += problems(value, known[name], module)
+    return found
+
+
+@each
+def test_grafanas_types_agree(name: str) -> None:
+    assert not type_problems(MODELS[name])
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda model: model["panels"][1]["gridPos"].update(w="4"), "gridPos/w: '4' is no int"),
+        (lambda model: model["panels"][1].update(colour="red"), "is unknown to Panel"),
+        (lambda model: model["panels"][1]["targets"][0].update(exrp="up"), "exrp is unknown to Dataquery"),
+        (lambda model: model["panels"][1]["options"].update(colorMode="loud"), "colorMode: 'loud' is none of"),
+        (lambda model: model["panels"][1]["options"].pop("graphMode"), "graphMode is missing"),
+        (lambda model: model["time"].update({"from": 6}), "time/from: 6 is no str"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_types_find_what_is_wrong(change: Any, words: str) -> None:
+    model = copy.deepcopy(MODELS["run-at-a-glance"])
+    change(model)
+    assert any(words in problem for problem in type_problems(model)), type_problems(model)
+
+
 @pytest.mark.skipif(not SCHEMAS, reason="GRAFANA_SCHEMAS names no folder with grafana-foundation-sdk's jsonschema/*")
 @each
 def test_grafanas_json_schemas_agree(name: str) -> None:
-    problems = schema_problems("dashboard", "Dashboard", MODELS[name])
-    for panel in MODELS[name]["panels"]:
-        if panel["type"] != "row":
-            kind = panel["type"].replace("-", "")
-            problems += schema_problems(kind, "Options", panel["options"])
-            problems += schema_problems(kind, "FieldConfig", panel["fieldConfig"]["defaults"].get("custom", {}))
-            for target in panel["targets"]:
-                problems += schema_problems("prometheus", "Dataquery", target)
-    assert not problems
+    """The types above again, from another output of the same generator."""
+    assert not [problem for part in parts(MODELS[name]) for problem in schema_problems(*part)]
 
 
 def schema_problems(file: str, definition: str, value: Any) -> list[str]:
@@ -162,7 +206,7 @@ def test_variables_are_defined_and_used(name: str) -> None:
     model = MODELS[name]
     defined = {variable["name"] for variable in model["templating"]["list"]}
     used = set(re.findall(r"\$\{?(\w+)", json.dumps(model))) - BUILT_IN
-    assert used <= defined and defined - used <= {"datasource", "node", "rank"}
+    assert used <= defined and defined - used <= {"datasource"}, "a choice that changes nothing"
     multiple = {variable["name"] for variable in model["templating"]["list"] if variable.get("multi")}
     for expression in EXPRESSIONS:
         for label in multiple:

@@ -12,7 +12,7 @@ import pytest
 
 from monitoring.dashboards.drawing import graph, heat, tiles
 from monitoring.dashboards.drawing.answers import Frame, Prometheus, Series, View, choose, escaped, transform
-from monitoring.dashboards.drawing.axes import Area, merged
+from monitoring.dashboards.drawing.axes import Area, merged, time_axis
 from monitoring.dashboards.drawing.values import COLORS, fixed, look_of, scheme_color, ticks, with_unit
 
 AREA = Area(600, 300, [0.0, 60.0, 120.0, 180.0])
@@ -67,6 +67,12 @@ def test_ticks_are_round_and_inside() -> None:
         assert f"{step:e}"[0] in "125" and found == pytest.approx([found[0] + i * step for i in range(len(found))])
     assert graph.tick_words("none", [2.0, 2.25, 2.5]) == ["2.00", "2.25", "2.50"]
     assert graph.tick_words("s", [0, 2, 4]) == ["0 s", "2 s", "4 s"]
+
+
+def test_the_last_hour_is_not_cut_off() -> None:
+    texts = time_axis(Area(600, 300, [0.0, 1800.0, 3600.0]), 40, 0)
+    assert re.search(r'x="600.0"[^>]*text-anchor="end"[^>]*>01:00<', texts)
+    assert re.search(r'text-anchor="middle"[^>]*>00:30<', texts)
 
 
 def panel_of(**defaults: Any) -> dict[str, Any]:

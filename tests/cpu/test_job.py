@@ -14,7 +14,7 @@ import pytest
 from containers.spec import PYXIS_OPTIONS
 from launch.job import ROOT
 from moetrain.config import load_config
-from tests.launches import QUOTED, RUN, container, make_job, write_site
+from tests.launches import QUOTED, RUN, container, make_job, python_without_moetrain, write_site
 
 
 @pytest.fixture
@@ -174,6 +174,39 @@ def test_site_settings_become_sbatch_lines(shared: Path) -> None:
     wanted += ["--exclude='n1,n[4-5]'", "--cpus-per-task=6", "--switches=2@30", "--requeue", "--export=NIL"]
     assert set(wanted) <= set(lines)
     assert not any("gpus" in line for line in lines) and "EXCLUDE='n1,n[4-5]'" in script
+
+
+# --- rank.sh ------------------------------------------------------------------------------------------------------
+
+
+def become_rank(folder: Path, *command: str) -> subprocess.CompletedProcess[str]:
+    environment = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), "SLURM_PROCID": "11", "SLURM_LOCALID": "3"}
+    script = ["bash", str(ROOT / "launch" / "rank.sh"), *command]
+    return subprocess.run(script, cwd=folder, env=environment, capture_output=True, text=True)
+
+
+def test_a_task_becomes_a_rank_and_the_command(tmp_path: Path) -> None:
+    code = "import os, sys; print(os.environ['RANK'], os.environ['LOCAL_RANK'], sys.argv[1:]); sys.exit(75)"
+    found = become_rank(tmp_path, sys.executable, "-c", code, "a b", "*")
+    assert (found.returncode, found.stdout, found.stderr) == (75, "11 3 ['a b', '*']\n", "")
+
+
+@pytest.mark.parametrize("directory", [False, True], ids=["", "beside a directory of its name"])
+def test_a_python_without_moetrain_is_the_users_to_mend(tmp_path: Path, directory: bool) -> None:
+    if directory:
+        (tmp_path / "moetrain").mkdir()
+    python = str(python_without_moetrain(tmp_path))
+    found = become_rank(tmp_path, python, "-m", "moetrain", "train", "config.yaml")
+    assert (found.returncode, found.stderr) == (2, "")
+    assert (
+        found.stdout
+        == f"error: {python} has no moetrain; paths.python of the site file must name a Python that has it\n"
+    )
+
+
+def test_no_python_at_all_is_said_by_the_shell(tmp_path: Path) -> None:
+    found = become_rank(tmp_path, str(tmp_path / "python"), "-m", "moetrain")
+    assert found.returncode == 127 and "No such file" in found.stderr
 
 
 # --- job.sh: what happens when the step has ended -----------------------------------------------------------------

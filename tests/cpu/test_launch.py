@@ -21,11 +21,12 @@ from launch.run import Run, configure, parse_minutes, parse_sweep, scaled_down
 from launch.submit import job_of, main, parse
 from moetrain.config import RunConfig, load_config
 from moetrain.create import meta_model, new_config
-from tests.launches import CONFIG, RUN, container, make_job, write_site
+from tests.launches import CONFIG, RUN, container, make_job, python_without_moetrain, write_site
 
 RUNS = [cpu_smoke.RUN, nemotron_nano.RUN, qwen3_30b.RUN, ultra_550b.RUN]
 EXAMPLE = ROOT / "cluster" / "site.example.toml"
 PLAN_RUN = moetrain.plan.plan_run
+WITH_MOETRAIN = f'[environment]\nPYTHONPATH = "{ROOT}"'
 
 
 class FakePlan(NamedTuple):
@@ -242,6 +243,22 @@ def test_a_shared_directory_that_ranks_would_not_see(capsys: pytest.CaptureFixtu
         assert text in fails(capsys, write_site(shared, container(image, mounts=mounts)))
 
 
+def test_a_python_that_ranks_could_not_use(capsys: pytest.CaptureFixture[str], shared: Path) -> None:
+    bare, broken, silent = python_without_moetrain(shared), shared / "broken-python", shared / "silent-python"
+    broken.write_text("no program")
+    silent.write_text("#!/bin/sh\nexit 9\n")
+    silent.chmod(0o755)
+    for python, text in (
+        (bare, f"paths.python={bare} of the site file: {bare} has no moetrain; paths.python of the site file must"),
+        (broken, "Permission denied"),
+        (silent, f"paths.python={silent} of the site file: it ends with 9"),
+    ):
+        assert text in fails(capsys, write_site(shared, WITH_MOETRAIN, paths=f'python = "{python}"'))
+    site = write_site(shared, paths=f'python = "{shared}/gone"')
+    assert main(RUN, ["--site", str(site), "--dry-run"]) == 0, "the nodes may have it where this machine has not"
+    assert f"{shared}/gone is looked for on the nodes" in capsys.readouterr().out
+
+
 def test_secrets_are_checked(capsys: pytest.CaptureFixture[str], shared: Path) -> None:
     token = shared / "token"
     token.write_text("hf_secret")
@@ -270,7 +287,7 @@ def test_a_partition_that_does_not_exist_is_sbatchs_to_tell(
 
 def test_an_output_directory_with_a_line_feed_is_refused(capsys: pytest.CaptureFixture[str], shared: Path) -> None:
     text = fails(capsys, write_site(shared), 'output_dir="runs/x\\n#SBATCH --uid=0"')
-    assert "holds the control character U+000A" in text and "#!/bin/bash" not in text
+    assert "error: output_dir holds the control character U+000A" in text and "#!/bin/bash" not in text
 
 
 @pytest.fixture
@@ -299,8 +316,9 @@ def test_what_is_right_is_submitted(capsys: pytest.CaptureFixture[str], shared: 
         ([], "", ["--time", "15"], "--time of 15 minutes is too short"),
         (["[storage]\nwrite_gb_per_second = 1e-4"], "warning_seconds = 1", [], "one save takes about"),
         ([], "", ["data.train=[{path: nowhere.jsonl}]"], "nowhere.jsonl"),
+        (["BARE"], "", [], "has no moetrain"),
     ],
-    ids=["no site", "nodes and experts", "no image", "another image", "time limit", "warning", "data"],
+    ids=["no site", "nodes and experts", "no image", "another image", "time limit", "warning", "data", "python"],
 )
 def test_what_is_wrong_is_not_submitted(
     capsys: pytest.CaptureFixture[str],
@@ -314,7 +332,9 @@ def test_what_is_wrong_is_not_submitted(
     image = shared / "image.sqsh"
     image.write_bytes(b"squashed")
     boxes = {"MISSING": container(shared / "gone.sqsh"), "OTHER": container(image, f'sha256 = "{"0" * 64}"')}
-    site = write_site(shared, *(boxes.get(table, table) for table in tables), slurm=slurm)
+    paths = f'python = "{python_without_moetrain(shared)}"' if "BARE" in tables else ""
+    tables = [boxes.get(table, table) for table in tables if table != "BARE"]
+    site = write_site(shared, *tables, paths=paths, slurm=slurm)
     assert text in fails(capsys, site, *flags, dry=False)
     assert not sbatch.exists() and not (shared / "jobs").exists()
 
@@ -451,12 +471,9 @@ def test_a_plan_that_cannot_be_made_says_why(
 
 
 def test_a_dry_run_on_the_cluster_says_what_is_fine(capsys: pytest.CaptureFixture[str], shared: Path) -> None:
-    assert (
-        main(
-            RUN, ["--site", str(write_site(shared)), "--dry-run", "parallel.ep_size=8", "parallel.dp_replicate_size=2"]
-        )
-        == 0
-    )
+    site = write_site(shared, WITH_MOETRAIN, paths=f'python = "{sys.executable}"')
+    layout = ["parallel.ep_size=8", "parallel.dp_replicate_size=2"]
+    assert main(RUN, ["--site", str(site), "--dry-run", *layout]) == 0
     out = capsys.readouterr().out
-    assert "wrong" not in out and "unseen" not in out and out.count("\nok") >= 8
+    assert "wrong" not in out and "unseen" not in out and out.count("\nok") >= 9
     assert list(shared.iterdir()) == []

@@ -173,6 +173,7 @@ def test_a_step_tells_phases_layers_and_slow_ranks(tmp_path: Path) -> None:
         "max_over_mean": [2.0, 1.5], "min_over_mean": [0.0, 0.1235], "idle_experts": [1, 0], "entropy": [0.75, 0.9]
     }  # fmt: skip
     assert first["slow_ranks"] == [{"rank": r, "seconds": ranks[r]} for r in (4, 2, 1)]
+    assert step_record(3, rank_seconds=[0.2, 0.4]).fields()["median_rank_seconds"] == 0.3, "as in Prometheus' quantile"
     assert first["median_rank_seconds"] == 0.25 and first["seen_tokens"] == 4096
     assert [first[f"memory_{name}_bytes"] for name in ("allocated", "reserved", "total")] == [1, 2, 4]
     assert set(first["phase_seconds"]) == set(PHASES)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 import socket
@@ -13,7 +14,11 @@ from typing import Any
 import pytest
 import yaml
 
+from moetrain import cli
+from moetrain.guard import Guard
+from moetrain.metrics import FILE_NAME
 from moetrain.metrics.series import Series
+from moetrain.report.settings import CONFIG_FILE
 from monitoring import stack
 from monitoring.demo.faults import ALERT_OF
 from monitoring.demo.hardware import NODE_METRICS, read_counters
@@ -68,6 +73,49 @@ def test_every_alert_says_what_it_is_why_and_what_to_do() -> None:
         assert rule["labels"].keys() == {"severity"} and rule["labels"]["severity"] in ("critical", "warning", "info")
         assert rule["annotations"].keys() == {"summary", "cause", "command"}, name
         assert "{{" in rule["annotations"]["summary"], name  # of what
+
+
+def words_of(template: str, labels: dict[str, str]) -> str:
+    """An annotation as Prometheus fills it in; of its language, what the commands use."""
+    url = "http://127.0.0.1:9090"
+    text = re.sub(
+        r"{{ if \$labels.(\w+) }}(.*?){{ end }}", lambda m: m[2] if labels[m[1]] else "", template, flags=re.DOTALL
+    )
+    text = re.sub(r"{{ \$labels.(\w+) }}", lambda m: labels[m[1]], text.replace("{{ $externalURL }}", url))
+    assert "{{" not in text, text
+    return text
+
+
+@pytest.mark.parametrize("name", ALERTS)
+def test_the_first_command_runs(name: str, tmp_path: Path) -> None:
+    """In a folder with a run and its job, with programs of the cluster that note what they are told."""
+    (tmp_path / "runs" / "mine").mkdir(parents=True)
+    guard = Guard(tmp_path / "runs" / "mine", 0)
+    guard.close()
+    for file in (guard.heartbeat_file, guard.hang_file, guard.hang_file.with_name(CONFIG_FILE),
+                 guard.hang_file.with_name(FILE_NAME), tmp_path / "jobs" / "mine-20260101-000000" / "7_0_log.out",
+                 guard.hang_file.with_name("checkpoints") / "step-1"):  # fmt: skip
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("error: one\n")
+    (tmp_path / "bin").mkdir()
+    for program in ("ssh", "scontrol", "promtool", "moetrain", "curl"):
+        (tmp_path / "bin" / program).write_text(f'#!/bin/sh\nprintf "%s\\n" {program} "$@" >> told\n')
+        (tmp_path / "bin" / program).chmod(0o755)
+    labels = {"run": "mine", "node": "n1", "gpu": "4", "device": "mlx5_0", "slurm_job_id": "7", "instance": "n1:9400"}
+    command = words_of(ALERTS[name]["annotations"]["command"], labels)
+    environment = os.environ | {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
+    strict = ["bash", "-e", "-u", "-o", "pipefail", "-c", command]
+    done = subprocess.run(strict, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and not done.stderr, (command, done.stderr)
+    told = (tmp_path / "told").read_text().splitlines() if (tmp_path / "told").exists() else []
+    assert told or done.stdout, command
+    if told[:1] == ["moetrain"]:
+        cli._parse(told[1:])
+    if told[:1] == ["ssh"]:
+        subprocess.run(["bash", "-n", "-c", " ".join(told[2:])], check=True)
+    if told[:1] == ["scontrol"]:
+        alone = words_of(ALERTS[name]["annotations"]["command"], labels | {"slurm_job_id": ""})
+        assert alone.startswith("tail"), "not every run is a job"
 
 
 def test_every_alert_can_be_seen_in_the_demo_and_is_in_the_documents() -> None:
@@ -193,6 +241,9 @@ def test_everything_listens_on_loopback_alone(tmp_path: Path, monkeypatch: pytes
     found = stack.commands(options(tmp_path), ports)
     assert found.keys() == ports.keys()
     assert "--web.listen-address=127.0.0.1:1" in found["prometheus"]
+    assert "--web.external-url=http://127.0.0.1:1" in found["prometheus"], (
+        "alerts link to it, and their commands ask it"
+    )
     assert {"--web.listen-address=127.0.0.1:2", "--cluster.listen-address="} <= set(found["alertmanager"])
     environment = stack.grafana_environment(options(tmp_path), ports)
     assert environment["GF_SERVER_HTTP_ADDR"] == "127.0.0.1" and environment["GF_SERVER_HTTP_PORT"] == "3"

@@ -23,7 +23,7 @@ from moetrain.metrics.discovery import Target, write_targets
 from monitoring.demo import server
 from monitoring.demo.faults import ALERT_OF, Fault, active, parse_fault, timetable
 from monitoring.demo.hardware import NODE_METRICS, dcgm_page, gpu_samples, node_page, read_counters
-from monitoring.demo.run import Run, Shape
+from monitoring.demo.run import TOKENS, Run, Shape
 from tests.runs import tiny_config
 
 ROOT = Path(__file__).parents[2]
@@ -107,7 +107,7 @@ def test_the_phases_add_up_to_the_time_that_passed() -> None:
         spent[name] > 0 for name in ("forward_backward", "optimizer", "collective_wait", "evaluate", "checkpoint")
     )
     steps = page["moetrain_step_duration_seconds_count"]
-    assert page["moetrain_step"] == steps and page["moetrain_tokens_total"] == steps * 8192
+    assert page["moetrain_step"] == steps and page["moetrain_tokens_total"] == steps * TOKENS
     in_steps = ("forward_backward", "optimizer", "collective_wait", "data_wait")
     total = page["moetrain_step_duration_seconds_sum"]
     assert sum(spent[name] for name in in_steps) == pytest.approx(0.98 * total, rel=1e-3)
@@ -116,7 +116,12 @@ def test_the_phases_add_up_to_the_time_that_passed() -> None:
     assert first["moetrain_last_checkpoint_timestamp_seconds"] > 1e9
     assert first["moetrain_loss"] < 2.4 < samples(simulated(seconds=30).page(0))["moetrain_loss"]
     matrix = [value for key, value in first.items() if "expert_tokens_total" in key]
-    assert sum(matrix) == pytest.approx(steps * 2 * 8192 * 2 * 8, rel=1e-3)
+    assert sum(matrix) == pytest.approx(steps * 2 * TOKENS * 2 * 8, rel=1e-3)
+
+
+def sent_bytes(run: Run) -> float:
+    key = "node_infiniband_port_data_transmitted_bytes_total{device=mlx5_0,port=1}"
+    return samples(node_page(run, "d-01", 0.0))[key]
 
 
 def own_seconds(run: Run) -> list[float]:
@@ -133,12 +138,21 @@ def test_a_straggler_is_slow_by_itself_and_all_wait_for_it() -> None:
     assert samples(run.page(0))["moetrain_step"] < 0.9 * healthy
 
 
+def test_gpus_that_wait_for_another_work_less() -> None:
+    key = "DCGM_FI_PROF_PIPE_TENSOR_ACTIVE"
+    run, healthy = simulated(Fault("straggler"), seconds=122), simulated(seconds=122)
+    active = [gpu_samples(run, rank, 0.0)[key] for rank in range(run.shape.ranks)]
+    before = [gpu_samples(healthy, rank, 0.0)[key] for rank in range(run.shape.ranks)]
+    assert all((now > was) == (rank == run.victim) for rank, (now, was) in enumerate(zip(active, before, strict=True)))
+    assert active[0] < 0.9 * before[0]
+
+
 @pytest.mark.parametrize("fault", ["stall", "rank-down", "node-loss", "crash"])
 def test_nothing_moves_while_a_rank_is_missing(fault: str) -> None:
     run = simulated(Fault(fault, 60, 100), seconds=70)
-    step = samples(run.page(0))["moetrain_step"]
+    step, sent = samples(run.page(0))["moetrain_step"], sent_bytes(run)
     run.advance(99.0)
-    assert samples(run.page(0))["moetrain_step"] == step
+    assert samples(run.page(0))["moetrain_step"] == step and sent_bytes(run) == sent > 0
     down = [rank for rank in range(4) if not run.answers(rank, 90)]
     assert down == {"stall": [], "rank-down": [3], "node-loss": [2, 3], "crash": [0, 1, 2, 3]}[fault]
     for now in range(100, 130):

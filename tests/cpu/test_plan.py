@@ -143,6 +143,48 @@ def replace_live(event: Event, live: int) -> Event:
     return event._replace(peak=event.peak | {"activations": live})
 
 
+def test_what_is_in_no_smaller_unit_is_whole_to_the_end() -> None:
+    root = Unit(("",), [Parameter("head.weight", (40,), 2, 4.0, False)], freed=False)
+    steps = [
+        event("enter"), event("enter", "layer"), event("leave", "layer"), event("leave"),
+        event("gradient", "head.weight", True), event("return", "layer", True),
+        replace_live(event("gradient", "layer.weight", True), 5_000), event("end", "", True),
+    ]  # fmt: skip
+    units = [two_units()[0], root]
+    memory = memory_of(StepTrace(Step(), steps), units, Layout(1, 4), gpu_bytes=1, keep="never")
+    assert (memory.kinds["gathered"], memory.kinds["gradients"]) == (80 + 800, 80)
+    steps[-1] = event("end", "", True)._replace(now=event("end", live=50_000).now)
+    memory = memory_of(StepTrace(Step(), steps), units, Layout(1, 4), gpu_bytes=1, keep="never")
+    assert (memory.kinds["gathered"], memory.kinds["gradients"]) == (0, 200 + 80 + 80), "the last is being reduced"
+
+
+def head_after_a_backward(family: str) -> tuple[int, bool]:
+    """When the first layer's backward ends: bytes of the head's gathered weight, and whether its gradient is whole."""
+    with fake_world(0, 4):
+        model = AutoModelForCausalLM.from_config(FAMILIES[family](), distributed_config=mesh.layout(4, 1, 1, None))
+        head: Any = model.get_output_embeddings()
+        weights: list[torch.Tensor] = []
+        found: list[tuple[int, bool]] = []
+        head.register_forward_pre_hook(lambda module, _: weights.append(module.weight))
+
+        def look(*_: object) -> None:
+            found.append((weights[0].untyped_storage().nbytes(), weights[0].grad is not None))
+
+        model.get_decoder().layers[0].register_full_backward_hook(look)
+        ids = torch.arange(8)[None]
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        return found[0]
+
+
+@pytest.mark.parametrize(("family", "in_a_unit"), [("qwen3_moe", True), ("nemotron_h", False)])
+def test_the_head_is_whole_for_as_long_as_fsdp_keeps_it(family: str, in_a_unit: bool) -> None:
+    with ProcessPoolExecutor(1, multiprocessing.get_context("forkserver")) as pool:
+        gathered, whole_gradient = pool.submit(head_after_a_backward, family).result()
+    assert (gathered == 0, not whole_gradient) == (in_a_unit, in_a_unit)
+    [unit] = [unit for unit in tiny_units(family) if "lm_head.weight" in {p.name for p in unit.parameters}]
+    assert (unit.name != "") == in_a_unit
+
+
 def test_gradients_stay_from_pass_to_pass() -> None:
     trace = StepTrace(Step(), [replace_live(STEP[1], 10_000), *STEP[2:]])
     once, twice = (memory_of(trace, two_units(), Layout(1, 4), gpu_bytes=1, passes=passes) for passes in (1, 2))

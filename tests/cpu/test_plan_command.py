@@ -6,13 +6,17 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
+import moetrain.plan.simulate as simulation
 from moetrain.cli import main
 from moetrain.plan.command import run_config
 from moetrain.plan.constants import GPUS
+from moetrain.plan.layout import Layout
 
 QUICK = ["data.seq_len=128", 'train.compile="off"']
 YAML = """
@@ -118,6 +122,36 @@ def test_a_rank_too_large_for_this_machine_is_refused(
     assert main(["plan", *words]) == 2
     text = " ".join(capfd.readouterr().err.split())
     assert "and this machine, which has no GPU, has 0.0 free; take a larger --ep" in text
+
+
+def test_the_peak_counts_what_a_capture_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A replay hands out nothing, so the count begins before the first step."""
+    order: list[str] = []
+
+    def noting(what: str, result: Any = None) -> Any:
+        def note(*_: Any) -> Any:
+            order.append(what)
+            return result
+
+        return note
+
+    parts = SimpleNamespace(passes=SimpleNamespace(status="captured", close=lambda: None))
+    time = SimpleNamespace(seconds=1.0, flops=1e12, parts=dict.fromkeys(simulation.COMMUNICATION, 0.0))
+    for owner, name, value in (
+        (simulation, "_build", lambda config, layout: torch.nn.Linear(2, 2)),
+        (simulation, "step_parts", noting("model", parts)),
+        (simulation, "_run_steps", noting("steps", 0.5)),
+        (torch.cuda, "is_available", lambda: True),
+        (torch.cuda, "get_device_name", lambda: "a GPU"),
+        (torch.cuda, "reset_peak_memory_stats", noting("count")),
+        (torch.cuda, "max_memory_allocated", lambda: 3 * 2**30),
+    ):
+        monkeypatch.setattr(owner, name, value)
+    config = run_config(None, "tiny", [], None, None)
+    planned: Any = SimpleNamespace(memory=SimpleNamespace(allocated=2**30), time=time)
+    found = simulation._measure(config, Layout(1, 8, 8), planned, 2)
+    assert order == ["model", "count", "steps"]
+    assert (found["peak_gib"], found["planned_gib"], found["tflops"]) == (3.0, 1.0, 2.0)
 
 
 def test_one_rank_of_128_runs_alone() -> None:

@@ -189,6 +189,25 @@ def test_partial_runs(tmp_path: Path, steps: int, evals: list[tuple[int, float]]
     assert Image.open(tmp_path / "run.png").size[0] >= 1200
 
 
+@pytest.mark.parametrize(
+    ("events", "words"),
+    [
+        ([], "none written: it goes on, failed, or was killed"),
+        ([{"event": "stop", "signal": "SIGTERM"}, {"event": "checkpoint"}], "stopped by SIGTERM"),
+        ([{"event": "stop", "signal": "time limit"}, {"event": "done"}], "stopped by time limit"),
+        ([{"event": "nonfinite", "step": 4}], "step 4 was not finite"),
+        ([{"event": "done"}], "done"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_how_a_run_ended(tmp_path: Path, events: list[dict[str, Any]], words: str) -> None:
+    before = [{"kind": "run", "time": 1.0, "total_steps": 9}, {"kind": "event", "time": 2.0, "event": "nonfinite"}]
+    start, step = {"kind": "run", "time": 3.0, "total_steps": 9}, {"kind": "step", "step": 1, "loss": 1.0, "time": 4.0}
+    records = [*before, start, step, *({"kind": "event", "time": 5.0} | event for event in events)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    assert Tables(report([tmp_path])[0]).summary()["end"] == words
+
+
 def test_files_of_earlier_versions(tmp_path: Path) -> None:
     steps = [
         {"kind": "step", "step": s, "loss": 3.0, "grad_norm": 1.0, "lr": 1e-3, "tokens": 10, "tokens_per_second": 5.0,

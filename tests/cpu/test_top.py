@@ -163,9 +163,13 @@ def test_long_files_are_read_in_pieces(tmp_path: Path) -> None:
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_how_a_run_ends(tmp_path: Path, event: dict[str, str], state: str) -> None:
-    write(tmp_path, ABOUT, step_record(1), {"kind": "event", "step": 1, "time": NOW} | event)
+    last = {"kind": "event", "step": 1, "time": NOW}
+    write(tmp_path, ABOUT, step_record(1), last | event)
     shot = FileSource(tmp_path).read()
     assert (shot.state, shot.ended) == (state, True)
+    write(tmp_path, last | {"event": "checkpoint", "seconds": 0.1})  # a run that is told to stop saves after it says so
+    shot = FileSource(tmp_path).read()
+    assert (shot.state, shot.ended, shot.checkpoint_step) == (state, True, 1)
     write(tmp_path, ABOUT | {"start_step": 1}, step_record(2))
     assert not FileSource(tmp_path).read().ended
     write(tmp_path, step_record(100))

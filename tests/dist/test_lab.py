@@ -76,9 +76,23 @@ def test_the_lab_from_a_shell(tmp_path: Path) -> None:
         code, text = shell("up", "--nodes", "3", "--gpus", "2")
         assert code == 0 and "h100-[01-03]" in text and f"export SLURM_CONF={tmp_path}/lab/etc/slurm.conf" in text
         assert shell("up")[0] == 2 and shell("status")[0] == 0
+        (tmp_path / "lab" / "mine").write_text("not the lab's")
     finally:
         assert "down in" in shell("down")[1]
+    assert [path.name for path in (tmp_path / "lab").iterdir()] == ["mine"]
     assert shell("down") == (0, f"no lab runs in {tmp_path}/lab\n")
+
+
+def test_jobs_of_a_lab_that_was_killed_do_not_run_in_the_next() -> None:
+    with running_lab(nodes=2) as first:
+        first.run("sbatch", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap", "sleep 300")
+        first.run("sbatch", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap", "sleep 300")
+        lab.down(first)
+        second = lab.up(first.root, nodes=2)
+        try:
+            assert second.run("squeue", "--noheader") == ""
+        finally:
+            lab.down(second)
 
 
 @pytest.fixture(scope="module")

@@ -128,6 +128,13 @@ def test_one_run_is_not_told_of_another(watched: Watched) -> None:
     assert ranks.values[-1] == 2
 
 
+def test_one_run_is_not_told_of_the_hardware_of_another(watched: Watched) -> None:
+    (mark,) = [mark for mark in MODELS["run-at-a-glance"]["annotations"]["list"] if mark["name"] == "Alerts"]
+    told = {run: watched.view("run-at-a-glance", run=run).events(mark) for run in ("faulty", "healthy")}
+    xid = [start for start, _ in told["faulty"] if 900 <= start - (watched.end - MINUTES * 60) < 960]
+    assert xid and not told["healthy"]
+
+
 def test_chosen_ranks_are_the_ones_shown(watched: Watched) -> None:
     view = watched.view("ranks-and-stragglers", run="faulty", rank="(1|3)")
     shown = view.series(titled("ranks-and-stragglers", "Own compute of each rank over the median")["targets"][0])
@@ -168,6 +175,15 @@ def test_shares_of_time_add_up(watched: Watched) -> None:
     columns = list(zip(*(one.values for answers in shares for one in answers), strict=True))
     sums = [sum(column) for column in columns if None not in column]
     assert len(sums) > 100 and sums == pytest.approx([1.0] * len(sums))
+
+
+def test_the_time_left_is_right_from_the_first_minutes_on(watched: Watched) -> None:
+    """A rate over five minutes would say twice as much, two and a half minutes after the start."""
+    server, start = Prometheus(watched.url), watched.end - MINUTES * 60
+    chosen = choose(MODELS["run-at-a-glance"], server, start, start + 150, run="healthy")
+    view = View(server, start, start + 150, EVERY, chosen)
+    (left,) = view.series(titled("run-at-a-glance", "Time left")["targets"][0])
+    assert left.values[-1] == pytest.approx(20_000 * watched.healthy.shape.step_seconds, rel=0.25)
 
 
 def test_the_node_with_a_rank_that_is_down_is_red(watched: Watched) -> None:

@@ -29,6 +29,7 @@ from tests.lab import (
     wait_until,
     write_site,
 )
+from tests.launches import python_without_moetrain
 from tests.runs import records, tiny_run, write_text
 
 pytestmark = needs_slurm
@@ -86,6 +87,17 @@ def test_a_rank_with_an_error_to_mend_ends_the_job_at_once(stories: dict[str, Su
     assert "exit code 2 of rank 1: a restart would not mend this" in log and "Killed" in log
     minutes, seconds = fields["RunTime"].split(":")[-2:]
     assert int(minutes) == 0 and int(seconds) < RANK_EXIT_SECONDS / 2
+
+
+def test_a_python_without_moetrain_ends_the_job_at_once(slurm: Lab, tmp_path: Path) -> None:
+    site = write_site(tmp_path, str(python_without_moetrain(tmp_path)))
+    run = Run(name="bare", config=tiny_run(tmp_path), nodes=2, gpus_per_node=2)
+    job = job_of(run, run.config, parse(run, ["--site", str(site)]))
+    job_id = job.submit().job_id
+    fields = ended(job_id)
+    log = log_of(job, job_id)
+    assert fields["JobState"] == "FAILED" and fields["ExitCode"] == "2:0" and fields["Restarts"] == "0", log
+    assert "bare-python has no moetrain; paths.python of the site file must" in log and "requeued" not in log
 
 
 def test_a_cancelled_job_leaves_no_process_and_does_not_come_back(slurm: Lab, stories: dict[str, Submitted]) -> None:

@@ -15,10 +15,11 @@ from typing import Any
 from unittest import mock
 
 import pytest
+import torch.distributed
 
 from moetrain import launcher
 from moetrain.config import RunConfig, load_config
-from moetrain.launcher import launch, rank_environment, run_local
+from moetrain.launcher import launch, rank_environment, reserved_port, run_local
 from moetrain.metrics import EvalRecord, Metrics
 
 ROOT = Path(launcher.__file__).parents[1]
@@ -129,6 +130,28 @@ print(f"errors of rank {rank}", file=sys.stderr)
     header, *lines = (tmp_path / "logs" / "rank-2.log").read_text().splitlines()
     assert header.startswith("--- started ") and lines == ["output of rank 2", "errors of rank 2"]
     assert not (tmp_path / "logs" / "rank-0.log").exists()
+
+
+def test_no_other_program_gets_the_port_before_the_ranks_listen(tmp_path: Path) -> None:
+    body = """
+import socket
+try:
+    socket.socket().bind(("127.0.0.1", int(os.environ["MASTER_PORT"])))
+    publish("port", "taken")
+except OSError:
+    publish("port", "reserved")
+"""
+    assert run_local(command(tmp_path, body), 2, tmp_path / "logs") == 0
+    assert read(tmp_path, "port", 2) == ["reserved", "reserved"]
+
+
+@pytest.mark.parametrize("libuv", [True, False])
+def test_a_store_listens_on_the_reserved_port(libuv: bool) -> None:
+    with reserved_port() as port:
+        store = torch.distributed.TCPStore("127.0.0.1", port, world_size=1, is_master=True, use_libuv=libuv)
+        store.set("who", "rank 0")
+        assert store.get("who") == b"rank 0"
+        del store
 
 
 def test_a_later_run_keeps_the_log_and_shows_its_own_lines(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from monitoring import stack
 from monitoring.demo.faults import ALERT_OF, Fault
-from monitoring.demo.run import Run, Shape
+from monitoring.demo.run import TOKENS, Run, Shape
 from monitoring.demo.server import Demo
 from tests.monitors import Told, needs_prometheus, query, value, webhook
 
@@ -99,8 +99,8 @@ def test_128_ranks_as_they_are(tmp_path: Path) -> None:
                 url = started.urls["prometheus"]
                 assert value(url, 'count(up{job="moetrain"} == 1)') == 128
                 assert value(url, 'count(up{job=~"dcgm|node"} == 1)') == 32
-                assert value(url, "run:moetrain_tokens_per_second:sum") == pytest.approx(128 * 8192 / 4, rel=0.05)
-                assert value(url, "run:moetrain_mfu:ratio") == pytest.approx(2048 * 2.1e10 / 989e12, rel=0.05)
+                assert value(url, "run:moetrain_tokens_per_second:sum") == pytest.approx(128 * TOKENS / 4, rel=0.05)
+                assert value(url, "run:moetrain_mfu:ratio") == pytest.approx(TOKENS / 4 * 2.1e10 / 989e12, rel=0.05)
                 assert value(url, "sum(run:moetrain_phase:share)") == pytest.approx(1)
                 assert value(url, "count(rank:moetrain_own_compute_seconds_per_step:mean)") == 128
                 assert query(url, "ALERTS") == []

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from moetrain.kernels import grouped
 from moetrain.kernels.activation import Activation
 from moetrain.kernels.experts import expert_rows, experts_forward
 from moetrain.kernels.permutation import permute, unpermute_reduce
@@ -100,6 +101,13 @@ def test_small_biases(columns: int, dtype: torch.dtype) -> None:
     cases.check_biases(columns, dtype, "cuda")
 
 
+@pytest.fixture(params=["hopper", "triton"])
+def products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever kernels would be chosen for so few rows: these."""
+    monkeypatch.setattr(grouped, "ENOUGH_ROWS", 0 if request.param == "hopper" else 2**40)
+
+
+@pytest.mark.usefixtures("products")
 @needs_sm90
 @pytest.mark.parametrize("group", cases.GROUPS)
 @pytest.mark.parametrize(("inner", "width"), [(2048, 1536), (2880, 2880), (200, 72)])
@@ -108,11 +116,13 @@ def test_grouped(group: str, inner: int, width: int) -> None:
     cases.check_grouped(group, inner, width, torch.bfloat16, "cuda")
 
 
+@pytest.mark.usefixtures("products")
 @needs_sm90
 def test_small_grouped() -> None:
     cases.check_grouped("more", 72, 136, torch.bfloat16, "cuda")
 
 
+@pytest.mark.usefixtures("products")
 @needs_sm90
 @pytest.mark.parametrize("layer", [tokens_layer, rows_layer])
 @pytest.mark.parametrize("kind", cases.ROUTINGS)
@@ -125,6 +135,7 @@ def test_layer(name: str, kind: str, bias: bool, transposed: bool, layer: cases.
     cases.check_layer(name, kind, bias, transposed, torch.bfloat16, "cuda", layer)
 
 
+@pytest.mark.usefixtures("products")
 @pytest.mark.parametrize(
     ("name", "bias", "transposed"),
     [("silu", False, False), ("gpt_oss", True, True), ("relu2", False, True)],
@@ -136,6 +147,7 @@ def test_small_row_stack(name: str, bias: bool, transposed: bool) -> None:
     cases.check_full_stack("cuda")
 
 
+@pytest.mark.usefixtures("products")
 @needs_sm90
 def test_small_layer() -> None:
     cases.check_layer("gpt_oss", "sparse", True, True, torch.bfloat16, "cuda", tokens_layer)
@@ -148,6 +160,7 @@ def _poison_free_memory() -> None:
         del blocks
 
 
+@pytest.mark.usefixtures("products")
 @needs_sm90
 @pytest.mark.parametrize("name", ["silu", "gpt_oss"])
 def test_no_host_sync(name: str, no_syncs: None) -> None:
@@ -161,6 +174,7 @@ def test_no_host_sync(name: str, no_syncs: None) -> None:
         torch.autograd.grad(layer(leaves, index, weights(leaves), cases.ACTIVATIONS[name]), leaves, grad)
 
 
+@pytest.mark.usefixtures("products")
 @needs_sm90
 def test_graph_follows_new_choices() -> None:
     """A captured forward and backward, replayed with other routing, gives what the eager run gives."""

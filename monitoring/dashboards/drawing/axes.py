@@ -44,10 +44,12 @@ def time_axis(area: Area, left: float, right: float) -> str:
     most = max(2, (area.width - left - right) / 90)
     step = next((step for step in steps if (end - start) / step <= most), steps[-1])
     marks = range(math.ceil(start / step) * step, int(end) + 1, step)
-    return "".join(
-        label(area.x(at, left, right), area.height - 3, time.strftime("%H:%M", time.gmtime(at)), "middle")
-        for at in marks
-    )
+    texts = []
+    for at in marks:
+        x = area.x(at, left, right)
+        anchor = "middle" if x < area.width - 5 * LETTER / 2 else "end"  # one at the edge would be cut off
+        texts.append(label(min(x, area.width), area.height - 3, time.strftime("%H:%M", time.gmtime(at)), anchor))
+    return "".join(texts)
 
 
 def label(x: float, y: float, text: str, anchor: str, shade: str = MUTED) -> str:
