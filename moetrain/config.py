@@ -63,8 +63,17 @@ class ModelConfig(_Section):
     activation_checkpointing: Literal["none", "full", "selective"] = "none"
     """`full` recomputes each layer in the backward; `selective` does too, but keeps what attention computed
     and combine brought, which is small and dear; the fastest that saves most of the memory."""
+    checkpointed_layers: PositiveInt | None = None
+    """Of so many decoder layers, the first ones; the others keep everything. None: of all of them. The fewer, the
+    faster, as far as memory goes; the last layers' is free again when gradients fill it."""
     trust_remote_code: bool = False
     """Allow Python code from the model directory to run. Never inferred from a model's name."""
+
+    @model_validator(mode="after")
+    def _checkpoints_something(self) -> ModelConfig:
+        if self.checkpointed_layers is not None and self.activation_checkpointing == "none":
+            raise ValueError("checkpointed_layers needs activation_checkpointing: selective or full")
+        return self
 
 
 class ParallelConfig(_Section):

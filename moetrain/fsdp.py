@@ -3,6 +3,7 @@
 - Experts that one rank holds alone are used where they lie. FSDP2 treats them as a group of one rank and copies: every
   weight before each forward and backward, every gradient twice after it.
 - Dense weights stay gathered from the forward to the backward where memory allows.
+- What a rank waits for the others inside of gathers and reductions counts as waiting (`moetrain.metrics`).
 - A CUDA graph can be captured: no event of an earlier step is waited for, every stream joins at the end.
 """
 
@@ -22,6 +23,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from moetrain.kernels import GRADIENTS
 from moetrain.kernels.aside import join_aside
+from moetrain.metrics.device import timed
 
 KEPT_SHARE = 0.08
 """Share of a GPU's memory that gathered dense weights may take under `auto`: 11 GiB of an H200's, 6.4 of an H100's."""
@@ -55,10 +57,12 @@ def keep_gathered(model: PreTrainedModel, keep: Keep = "auto") -> str:
     return f"dense weights: {gathered / 2**30:.2f} GiB, gathered {times}"
 
 
-def use_in_place(model: nn.Module) -> int:
-    """Let every parameter group of one rank use its weights where they lie; the number of such groups."""
+def adapt_groups(model: nn.Module) -> int:
+    """Let every parameter group of one rank use its weights where they lie, and every other tell how long it waits; the
+    number of the former."""
     found = 0
     for group in param_groups(model):
+        group.__class__ = _Timed
         if group.mesh_info.mesh.size() == 1 and not any(_needs_copy(param) for param in group.fsdp_params):
             group.__class__ = _InPlace
             _divide_in_experts(group)
@@ -134,6 +138,26 @@ class _InPlace(FSDPParamGroup):
                     hook(param.sharded_param)
         if self.reshard_after_backward:
             self.reshard()
+
+
+class _Timed(FSDPParamGroup):
+    """A group of several ranks. A GPU's computing stream stands still in the two waits, a CPU in all four."""
+
+    def unshard(self, async_op: bool = False) -> None:
+        with timed("collective_wait", self.device, many=True):
+            super().unshard(async_op)
+
+    def wait_for_unshard(self) -> None:
+        with timed("collective_wait", self.device, many=True):
+            super().wait_for_unshard()
+
+    def post_backward(self, *unused: Any) -> None:
+        with timed("collective_wait", self.device, many=True):
+            super().post_backward(*unused)
+
+    def finalize_backward(self) -> None:
+        with timed("collective_wait", self.device, many=True):
+            super().finalize_backward()
 
 
 def param_groups(model: nn.Module) -> list[Any]:

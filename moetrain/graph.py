@@ -29,6 +29,7 @@ from moetrain.kernels import Activation, RowStack
 from moetrain.kernels.aside import work_aside
 from moetrain.moe.dispatch import StaticDispatcher, dispatchers_of, exchanges
 from moetrain.moe.experts import gate_of
+from moetrain.tape import recomputed_modules
 
 MEASURED = 8
 """Passes whose rows are counted before the first capture, where experts are spread over ranks. With random weights the
@@ -58,7 +59,8 @@ class Passes:
 
     def __init__(self, model: PreTrainedModel, mode: Mode = "auto") -> None:
         self.model = model
-        self.dispatchers = [d for _, d in dispatchers_of(model) if isinstance(d, StaticDispatcher)]
+        static = {name: d for name, d in dispatchers_of(model) if isinstance(d, StaticDispatcher)}
+        self.dispatchers = list(static.values())
         self.obstacle = "train.cuda_graph=off" if mode == "off" else capture_obstacle(model)
         self.mode = mode
         if mode == "on" and self.obstacle:
@@ -68,9 +70,11 @@ class Passes:
         self._most_needed = [0] * len(self.dispatchers)
         self._margins = [MARGIN] * len(self.dispatchers)
         # what is recomputed in the backward lives no longer than its layer
-        self._stack = None if model.is_activation_checkpointing else RowStack(model.device)
+        recomputed = recomputed_modules(model)
+        stacked = [d for name, d in static.items() if model.get_submodule(name) not in recomputed]
+        self._stack = RowStack(model.device) if stacked else None
         self._most_stacked, self._stack_margin = 0, STACK_MARGIN
-        for dispatcher in self.dispatchers:
+        for dispatcher in stacked:
             dispatcher.stack = self._stack
         self._exact = bool(self.dispatchers)
         self._shape: tuple[Any, ...] | None = None
@@ -171,7 +175,7 @@ class Passes:
         for dispatcher, most, margin in zip(self.dispatchers, self._most_needed, self._margins, strict=True):
             dispatcher.capacity = None if exact else _rounded(most * margin)
         if self._stack is not None:
-            largest = max((d.capacity or 0 for d in self.dispatchers), default=0)
+            largest = max(d.capacity or 0 for d in self.dispatchers)
             self._stack.lay_out(None if exact else _rounded(self._most_stacked * self._stack_margin), largest)
 
     @contextmanager

@@ -14,10 +14,11 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.distributed import DistributedConfig
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from moetrain import families
 from moetrain.backends import peft
-from moetrain.fsdp import keep_gathered, reshard, use_in_place
+from moetrain.fsdp import adapt_groups, keep_gathered, reshard
 from moetrain.mesh import check_ep_divides
 from moetrain.moe.router import has_random_gate
 from moetrain.tape import KEEPS, keep_received
@@ -45,7 +46,7 @@ def parallelize(
         model._fsdp_plan = families.fsdp_plan(model)
     model = apply(model)
     if config.dp_size > 1:
-        use_in_place(model)
+        adapt_groups(model)
         keep_gathered(model)
         peft.teach_dtensors()
         # without a backward nothing frees what the last forward gathered, and an optimizer made then would take it
@@ -65,12 +66,16 @@ def without_expert_parallelism(config: DistributedConfig) -> DistributedConfig:
     return DistributedConfig.from_dict(config.to_dict() | {"ep_size": 1, "enable_expert_parallel": False})
 
 
-def checkpoint_activations(model: PreTrainedModel, mode: str) -> None:
-    """Recompute each decoder layer in the backward.
+def checkpoint_activations(model: PreTrainedModel, mode: str, layers: int | None = None) -> None:
+    """Recompute decoder layers in the backward.
 
     Args:
         mode: `none`; `full`; or `selective`, which keeps what is dear to compute again and small to keep
             (`moetrain.tape`).
+        layers: how many, the first ones; None: all.
+
+    Raises:
+        ValueError: an unknown mode, a model that does not support it, or more layers than it has.
     """
     if mode == "none":
         return
@@ -87,6 +92,22 @@ def checkpoint_activations(model: PreTrainedModel, mode: str) -> None:
     elif mode != "full":
         raise ValueError(f"unknown activation checkpointing {mode!r}; valid: none, full, selective")
     model.activation_checkpointing_enable(kwargs)
+    if layers is None:
+        return
+    decoder = decoder_layers(model)
+    if layers > len(decoder):
+        raise ValueError(f"model.checkpointed_layers={layers}, but the model has {len(decoder)} layers")
+    for layer in decoder[layers:]:
+        for module in layer.modules():
+            if isinstance(module, GradientCheckpointingLayer):
+                module.gradient_checkpointing = False
+
+
+def decoder_layers(model: PreTrainedModel) -> list[GradientCheckpointingLayer]:
+    """The layers of the text model, outermost ones, in order."""
+    found = [module for module in model.get_decoder().modules() if isinstance(module, GradientCheckpointingLayer)]
+    inner = {part for layer in found for part in layer.modules() if part is not layer}
+    return [layer for layer in found if layer not in inner]
 
 
 def draws_random_numbers(model: PreTrainedModel) -> bool:

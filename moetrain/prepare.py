@@ -129,7 +129,7 @@ def step_parts(model: PreTrainedModel, config: RunConfig) -> StepParts:
     set_gate(model, config.balance.gate)
     stats = LoadStats.attach(model)
     notes.append(keep_gathered(model, config.parallel.keep_gathered))
-    checkpoint_activations(model, config.model.activation_checkpointing)
+    checkpoint_activations(model, config.model.activation_checkpointing, config.model.checkpointed_layers)
     notes.append(compile_layers(model, config.train.compile))
     optimizer = build_optimizer(model, config.optim)
     passes = Passes(model, config.train.cuda_graph)

@@ -15,8 +15,9 @@ from contextvars import ContextVar
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 KEEPS = "_moetrain_keeps"
 """Attribute of the modules of a model whose recomputations take what was kept."""
@@ -85,6 +86,12 @@ class _Keep(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
         return grads[0]
+
+
+def recomputed_modules(model: nn.Module) -> set[nn.Module]:
+    """Modules whose forward the backward runs again: all inside of checkpointed layers."""
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    return {inner for layer in layers if layer.gradient_checkpointing for inner in layer.modules()}
 
 
 def keep_received() -> tuple[Any, Any]:

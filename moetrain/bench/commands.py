@@ -60,6 +60,7 @@ def run_model(args: argparse.Namespace) -> int:
         kernels=full_name(args.kernels),
         dispatch=full_name(args.dispatch),
         activation_checkpointing=args.activation_checkpointing,
+        checkpointed_layers=args.checkpointed_layers,
         graph=args.graph,
         warmup=args.warmup,
         steps=args.steps,
@@ -232,6 +233,9 @@ def _add_model(add: Callable[..., argparse.ArgumentParser]) -> None:
     sub.add_argument("--kernels", choices=KERNELS, default="auto", help="as model.kernels of a run (default: auto)")
     sub.add_argument("--dispatch", default="auto", metavar="NAME", help="as model.dispatch of a run (default: auto)")
     sub.add_argument("--activation-checkpointing", choices=CHECKPOINTING, default="none", help="default: none")
+    sub.add_argument(
+        "--checkpointed-layers", type=positive, metavar="N", help="of moetrain's, the first N (default: all)"
+    )
     sub.add_argument("--graph", choices=("auto", "on", "off"), default="auto", help="CUDA graph (default: auto)")
     sub.add_argument(
         "--warmup", type=positive, default=10, metavar="N", help="steps before the timed ones (default: 10)"

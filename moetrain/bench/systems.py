@@ -52,6 +52,7 @@ class Case:
     kernels: Literal["auto", "transformer_engine", "torch"] = "auto"
     dispatch: str = "auto"
     activation_checkpointing: Literal["none", "full", "selective"] = "none"
+    checkpointed_layers: int | None = None
     graph: Literal["auto", "on", "off"] = "auto"
     warmup: int = 10
     steps: int = 10
@@ -63,7 +64,12 @@ class Case:
         """The same setting as the trainer gets it. Nothing is read from its paths."""
         return RunConfig(
             output_dir=".",
-            model=ModelConfig(path=".", kernels=self.kernels, activation_checkpointing=self.activation_checkpointing),
+            model=ModelConfig(
+                path=".",
+                kernels=self.kernels,
+                activation_checkpointing=self.activation_checkpointing,
+                checkpointed_layers=self.checkpointed_layers,
+            ),
             data=DataConfig(train=[Source(path=".")], seq_len=self.seq_len, batch_size=self.batch),
             train=TrainConfig(steps=self.warmup + self.steps, cuda_graph=self.graph),
             optim=OptimConfig(lr=LR, states="bf16_stochastic"),

@@ -88,6 +88,7 @@ def _expected(config: RunConfig, model_config: PreTrainedConfig, layout: Layout,
         batch=config.data.batch_size,
         seq_len=config.data.seq_len,
         checkpointing=config.model.activation_checkpointing,
+        checkpointed_layers=config.model.checkpointed_layers,
         dispatch=dispatch,
         packed=config.data.packing and config.data.document_mask,
         compiled=config.train.compile != "off",
@@ -112,6 +113,7 @@ class Sizes:
         text: Any = model.config.get_text_config()
         self.hidden: int = text.hidden_size
         self.heads: int = text.num_attention_heads
+        self.layers: int = text.num_hidden_layers
         self.head: Tensor = model.get_output_embeddings().weight
         self.experts: dict[str, Any] = dict(experts_modules(model))
         self.top_k = top_k_of(text) if self.experts else 0
@@ -162,9 +164,10 @@ class Sizes:
 def count(sizes: Sizes, step: Step) -> StepTrace:
     """What a trace would say of computation."""
     trace = StepTrace(step)
-    again = step.checkpointing != "none"
+    layers = max(sizes.layers, 1)
+    again = (step.checkpointing != "none") * min((step.checkpointed_layers or layers) / layers, 1.0)
     for part, flops in _products(sizes, step):
-        backward = 2.5 + (step.checkpointing == "full") if "attention" in part else 2.0 + again
+        backward = 2.5 + again * (step.checkpointing == "full") if "attention" in part else 2.0 + again
         trace.work["forward", part].add(Work(flops))
         trace.work["backward", part].add(Work(flops * backward))
     head = 2.0 * trace.tokens * sizes.head.numel()

@@ -178,11 +178,15 @@ class Planner:
         dispatch = dispatch_of(config, layout)
         balance = balance_of(config, layout)
         captured = dispatch in CAPTURED and config.train.cuda_graph != "off"
-        rows, stacked = rows_over_mean(dispatch, balance, captured, checkpointing)
+        own = checkpointing == config.model.activation_checkpointing
+        layers = config.model.checkpointed_layers if own else None
+        recomputed = checkpointing != "none" and layers is None
+        rows, stacked = rows_over_mean(dispatch, balance, captured, recomputed)
         step = Step(
             batch=batch,
             seq_len=config.data.seq_len,
             checkpointing=checkpointing,
+            checkpointed_layers=layers,
             dispatch=dispatch,
             rows_over_mean=rows,
             stacked_over_mean=stacked,
@@ -272,15 +276,19 @@ def balance_of(config: RunConfig, layout: Layout) -> Balance:
     return Balance(gate, constants.LOAD[gate] if layout.ep > 1 else 1.0)
 
 
-def rows_over_mean(dispatch: str, balance: Balance, captured: bool, checkpointing: str) -> tuple[float, float | None]:
+def rows_over_mean(dispatch: str, balance: Balance, captured: bool, recomputed: bool) -> tuple[float, float | None]:
     """Rows of a call that a rank has room for over the mean, and those of all layers together where they lie in one
-    stack: the rules of `moetrain.graph.Passes`. Eager passes take what comes."""
+    stack: the rules of `moetrain.graph.Passes`. Eager passes take what comes.
+
+    Args:
+        recomputed: all layers are, so that rows live no longer than their layer's backward.
+    """
     of_all_layers = min(balance.load, constants.ALL_LAYERS)
     if dispatch == "local":
         return 1.0, None
     if not (captured and dispatch in STATIC):
         return of_all_layers, None
-    stacks = dispatch in STACKED and checkpointing == "none"
+    stacks = dispatch in STACKED and not recomputed
     return MARGIN * balance.load, STACK_MARGIN * of_all_layers if stacks else None
 
 

@@ -162,11 +162,14 @@ _NVLINK_SHARES = {
 }
 
 
-def _exchanges(trace: StepTrace, phase: str) -> int:
-    """Dispatches and combines of a layer in a phase. A backward that computes the forward again repeats both;
-    `selective` keeps what combine brought, and what a dispatcher brought that may cross nodes (`moetrain.tape`)."""
+def _exchanges(trace: StepTrace, phase: str) -> float:
+    """Dispatches and combines of a layer in a phase, the mean over layers. A backward that computes the forward again
+    repeats both; `selective` keeps what combine brought, and what a dispatcher brought that may cross nodes
+    (`moetrain.tape`)."""
     repeated = {"none": 0, "selective": int(trace.step.dispatch in STACKED), "full": 2}
-    return 2 + (repeated[trace.step.checkpointing] if phase == "backward" else 0)
+    layers = len(trace.experts)
+    share = min((trace.step.checkpointed_layers or layers) / layers, 1.0)
+    return 2 + (share * repeated[trace.step.checkpointing] if phase == "backward" else 0)
 
 
 def _rows_copied(trace: StepTrace, layout: Layout, gpu: Gpu, phase: str, balance: Balance) -> float:

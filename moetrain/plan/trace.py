@@ -31,7 +31,7 @@ from moetrain.parallelize import checkpoint_activations
 from moetrain.plan.operators import Work, cost_of, nbytes
 from moetrain.plan.spread import Stack, spread_experts
 from moetrain.plan.standins import gpu_kernels, use_kernels
-from moetrain.tape import replaying
+from moetrain.tape import recomputed_modules, replaying
 
 KINDS = ("activations", "dispatch", "logits", "workspace")
 """What lives in a step beside parameters and gradients: kept for the backward, rows on their way to and from experts,
@@ -93,6 +93,8 @@ class Step:
     """`torch` leaves attention to Transformers, `auto` takes this package's."""
     compiled: bool = False
     """Decoder layers run under torch.compile."""
+    checkpointed_layers: int | None = None
+    """The first ones; None: all."""
 
 
 @dataclass
@@ -145,13 +147,15 @@ def trace_step(build: Callable[[], PreTrainedModel], step: Step) -> StepTrace:
     trace = StepTrace(step)
     recorder = _Recorder(trace)
     trace.loss = install_loss(model, step.loss)
-    spread = experts_modules(model)
-    stack = None if step.stacked_over_mean is None else Stack(step.stacked_over_mean, len(spread))
+    checkpoint_activations(model, step.checkpointing, step.checkpointed_layers)
+    recomputed, spread = recomputed_modules(model), experts_modules(model)
+    stacked = [experts for _, experts in spread if experts not in recomputed]
+    stack = None if step.stacked_over_mean is None else Stack(step.stacked_over_mean, len(stacked))
     for name, experts in spread:
         _note_experts(trace, name, experts)
         if step.dispatch != "local":
-            spread_experts(experts, step.dispatch, step.rows_over_mean, step.ranks, stack)
-    checkpoint_activations(model, step.checkpointing)
+            place = stack if experts in stacked else None
+            spread_experts(experts, step.dispatch, step.rows_over_mean, step.ranks, place)
     if step.compiled:
         torch._dynamo.reset()  # what earlier traces have compiled counts against dynamo's limit of variants
         compile_layers(model, mode="on", backend=_PARTITIONED)

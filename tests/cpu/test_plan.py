@@ -225,20 +225,20 @@ def test_buffers_of_deep_ep_are_those_of_its_source() -> None:
 
 
 @pytest.mark.parametrize(
-    ("dispatch", "captured", "checkpointing", "expected"),
+    ("dispatch", "captured", "recomputed", "expected"),
     [
-        ("local", True, "none", (1.0, None)),
-        ("alltoall", False, "none", (1.1, None)),  # what comes, over all layers
-        ("nvlink", True, "none", (MARGIN * 1.25, STACK_MARGIN * 1.1)),
-        ("nvlink", True, "full", (MARGIN * 1.25, None)),  # what is recomputed has its own memory
-        ("nvlink", False, "none", (1.1, None)),
-        ("deep_ep", True, "none", (MARGIN * 1.25, None)),
+        ("local", True, False, (1.0, None)),
+        ("alltoall", False, False, (1.1, None)),  # what comes, over all layers
+        ("nvlink", True, False, (MARGIN * 1.25, STACK_MARGIN * 1.1)),
+        ("nvlink", True, True, (MARGIN * 1.25, None)),  # what is recomputed has its own memory
+        ("nvlink", False, False, (1.1, None)),
+        ("deep_ep", True, False, (MARGIN * 1.25, None)),
     ],
 )
 def test_room_for_rows_is_that_of_the_captured_step(
-    dispatch: str, captured: bool, checkpointing: str, expected: tuple[float, float | None]
+    dispatch: str, captured: bool, recomputed: bool, expected: tuple[float, float | None]
 ) -> None:
-    assert rows_over_mean(dispatch, Balance("learned", 1.25), captured, checkpointing) == pytest.approx(expected)
+    assert rows_over_mean(dispatch, Balance("learned", 1.25), captured, recomputed) == pytest.approx(expected)
 
 
 def test_what_gradients_of_experts_are_made_of_stays_until_the_next_layer() -> None:

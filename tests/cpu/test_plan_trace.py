@@ -196,6 +196,19 @@ def test_checkpointing_keeps_the_borders_of_layers_and_what_was_received() -> No
     assert kept["full"] == pytest.approx(borders, rel=0.5)
 
 
+def test_layers_that_are_not_checkpointed_keep_everything() -> None:
+    """Of three layers the last two: their share of what is kept, and of what is computed again."""
+    found = {}
+    for mode, layers in (("none", None), ("full", 1), ("full", None)):
+        step = Step(2, SEQ_LEN, mode, "nvlink", rows_over_mean=1.5, stacked_over_mean=1.2, checkpointed_layers=layers)
+        trace = trace_step(builder("qwen3_moe", "meta", dtype=torch.bfloat16), step)
+        now = next(event for event in trace.events if event.what == "leave" and event.name == "").now
+        found[mode, layers] = sum(now.values()) - now["logits"], trace.work["backward", "attention"].flops
+    (all_kept, least), (some_kept, some), (none_kept, most) = found.values()
+    assert 0.4 < (some_kept - none_kept) / (all_kept - none_kept) < 0.95
+    assert some - least == pytest.approx((most - least) / 3)
+
+
 def test_recomputed_operations_are_counted() -> None:
     build = builder("qwen3_moe", "meta", dtype=torch.bfloat16)
     plain = trace_step(build, Step(seq_len=SEQ_LEN))

@@ -71,7 +71,8 @@ def build(dispatch: str, world_size: int, checkpointing: str = "none", family: s
     torch.manual_seed(0)
     layout = DistributedConfig(fsdp_size=world_size, ep_size=world_size, ep_implementation=ep_implementation(dispatch))
     model = AutoModelForCausalLM.from_config(FAMILIES[family](), dtype=torch.float32, distributed_config=layout).train()
-    checkpoint_activations(model, checkpointing)
+    mode, _, layers = checkpointing.partition(":")
+    checkpoint_activations(model, mode, int(layers) if layers else None)
     return model
 
 
@@ -144,12 +145,12 @@ def differences(
     return {"runs": runs, "loss": worst_loss, "gradient": worst_gradient, "status": status, "graphs": graphs}
 
 
-def full_stack(rank: int, world_size: int) -> dict[str, Any]:
+def full_stack(rank: int, world_size: int, checkpointing: str = "none") -> dict[str, Any]:
     """Steps of captured passes beside those of plain ones, where the rows of all layers outgrow their one buffer while
     each layer has room enough. How often each step ran, its capacity before and after, the worst gradient."""
     plain = graph.Passes(build("alltoall", world_size), "off")
     with recorded_instead_of_captured():
-        passes = graph.Passes(build("allgather", world_size))
+        passes = graph.Passes(build("allgather", world_size, checkpointing))
         stack = passes._stack
         assert stack is not None
         runs, worst, sizes = [], 0.0, []

@@ -20,7 +20,7 @@ from tests.dist.graph_cases import (
 from tests.ranks import run_ranks
 
 
-@pytest.mark.parametrize(("ranks", "checkpointing"), [(2, "none"), (2, "selective"), (4, "full")])
+@pytest.mark.parametrize(("ranks", "checkpointing"), [(2, "none"), (2, "selective"), (2, "selective:1"), (4, "full")])
 def test_overflow_is_run_again_exactly(ranks: int, checkpointing: str) -> None:
     """Two passes a step, changing weights, an overflow forced at each layer in turn, on the fullest rank."""
     for result in run_ranks(differences, ranks, checkpointing, [0, 1]):

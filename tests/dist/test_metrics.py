@@ -164,6 +164,20 @@ def test_a_straggler_shows_in_own_computation_and_not_in_the_step_time(
     assert fast["step_duration_seconds_sum",] == pytest.approx(slow["step_duration_seconds_sum",], rel=0.1)
 
 
+def test_a_straggler_shows_without_expert_parallelism(tmp_path: Path) -> None:
+    """FSDP's gathers and reductions are where the other rank waits for it."""
+    write_text(tmp_path)
+    raw = tiny_run(
+        tmp_path,
+        parallel={"ep_size": 1},
+        train={"steps": STEPS, "eval_every": STEPS, "grad_accum": 2},
+        checkpoint={"export": False},
+        metrics={"prometheus_port": 0},
+    )
+    ranks = run_ranks(watched_run, 2, raw)
+    test_a_straggler_shows_in_own_computation_and_not_in_the_step_time(tmp_path, ranks)
+
+
 def test_all_ranks_are_found_until_the_end(folder: Path, ranks: list[dict[str, Any]]) -> None:
     targets = ranks[0]["targets"]
     assert [group["targets"] for group in targets] == [[f"127.0.0.1:{seen['port']}"] for seen in ranks]

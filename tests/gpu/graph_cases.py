@@ -52,7 +52,8 @@ def build(family: str, dispatch: str | None = None, checkpointing: str = "none",
     if documents is not None:
         isolate_documents(model, documents)
     install_loss(model)
-    checkpoint_activations(model, checkpointing)
+    mode, _, layers = checkpointing.partition(":")
+    checkpoint_activations(model, mode, int(layers) if layers else None)
     compile_layers(model)
     return model
 

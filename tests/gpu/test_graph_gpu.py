@@ -36,6 +36,7 @@ def fresh() -> Iterator[None]:
     [
         ("qwen3_moe", "none", 1, None),
         ("qwen3_moe", "full", 2, None),
+        ("qwen3_moe", "selective:2", 1, None),
         ("qwen3_moe", "none", 2, 4),
         ("gpt_oss", "none", 1, None),
         ("gpt_oss", "full", 2, 4),
