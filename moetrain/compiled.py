@@ -11,11 +11,13 @@ import inspect
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
+from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from moetrain.families import experts_modules
+from moetrain.kernels import top_k
 
 VARIANTS = 64
 """Compiled forms of one function before dynamo runs it eagerly: layers of different kinds share their class's code."""
@@ -51,7 +53,9 @@ def compile_layers(model: PreTrainedModel, mode: str = "auto", backend: str = "i
 @functools.cache
 def _with_compiled_forward(cls: type, backend: str) -> type:
     """The class with its forward compiled; Transformers puts activation checkpointing around that of every subclass."""
-    forward: Any = torch.compile(inspect.unwrap(cls.forward), backend=backend, dynamic=False)  # type: ignore[attr-defined]
+    options: Any = {"post_grad_custom_pre_pass": _OwnTopK()} if backend == "inductor" else None
+    plain: Any = inspect.unwrap(cls.forward)  # type: ignore[attr-defined]
+    forward: Any = torch.compile(plain, backend=backend, dynamic=False, options=options)
     return _by_the_same_name(cls, {"forward": forward})
 
 
@@ -67,3 +71,23 @@ def _by_the_same_name(cls: type, namespace: dict[str, Any]) -> type:
 
 def _holds(outer: nn.Module, inner: nn.Module) -> bool:
     return any(module is inner for module in outer.modules())
+
+
+class _OwnTopK(CustomGraphPass):
+    """Replaces `torch.topk` over a router's scores by a kernel for short rows, in the graph of a layer's forward."""
+
+    def __call__(self, graph: fx.Graph) -> None:
+        for node in graph.find_nodes(op="call_function", target=torch.ops.aten.topk.default):
+            if _fits_top_k(*node.args, **node.kwargs):
+                node.target, node.args, node.kwargs = torch.ops.moetrain.top_k.default, node.args[:2], {}
+
+    def uuid(self) -> Any:
+        """What compiled code that is kept on disk depends on."""
+        return get_hash_for_files((__file__, top_k.__file__))
+
+
+def _fits_top_k(scores: fx.Node, k: int, dim: int = -1, largest: bool = True, sorted: bool = True) -> bool:
+    value = scores.meta["val"]
+    last = dim in (-1, value.dim() - 1)
+    small = isinstance(k, int) and k <= top_k.MOST_CHOICES and value.shape[-1] <= top_k.MOST_EXPERTS
+    return value.is_cuda and value.dtype in top_k.DTYPES and largest and last and small

@@ -28,6 +28,7 @@ from moetrain.kernels.permutation import permute_ref, permute_rows, sum_rows, un
 from moetrain.kernels.routing import route_sort, route_sort_ref
 from moetrain.kernels.row_stack import Place, RowStack, rows_at
 from moetrain.kernels.rows import ExpertWeights
+from moetrain.kernels.top_k import top_k, top_k_ref
 
 Layer = Callable[[list[torch.Tensor], torch.Tensor, ExpertWeights, Activation], torch.Tensor]
 """Forward of a layer: leaves [x, top_k_weights, parameters...], choices, the parameters, activation."""
@@ -177,6 +178,20 @@ def check_biases(columns: int, dtype: torch.dtype, device: str) -> None:
         assert relative_error(expert_sum(rows, w, offsets), expected_sum) <= tolerance(dtype)
     add_row_bias_(rows, weights, offsets, bias)
     assert relative_error(rows[:41], expected[:41]) <= tolerance(dtype)
+
+
+def check_top_k(rows: int, experts: int, k: int, dtype: torch.dtype, device: str) -> None:
+    """Exactly the reference, which is stable: with equal numbers, both zeros, infinities and NaN."""
+    scores = (torch.randn(rows, experts, device=device) * 4).round().div(4).to(dtype)
+    special = torch.tensor([math.inf, -math.inf, math.nan, 0.0, -0.0], device=device, dtype=dtype)
+    where = torch.rand(rows, experts, device=device) < 0.1
+    scores[where] = special[torch.randint(5, (int(where.sum()),), device=device)]
+    for given in (scores, scores.t().contiguous().t(), scores.reshape(1, rows, experts)):
+        values, indices = top_k(given, k)
+        expected_values, expected = top_k_ref(given, k)
+        assert values.shape == expected.shape == (*given.shape[:-1], k) and values.dtype == dtype
+        assert torch.equal(indices, expected)
+        torch.testing.assert_close(values, expected_values, rtol=0.0, atol=0.0, equal_nan=True)
 
 
 GROUPS = {

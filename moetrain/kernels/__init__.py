@@ -1,8 +1,9 @@
 """Kernels of the expert layer, each beside its plain reference `_ref`, and the table of what runs where.
 
 routing.py      route_sort: choices of the router to rows in expert order
+top_k.py        top_k: the router's choices
 permutation.py  permute, unpermute_reduce: tokens to rows, and their sum back
-grouped.py      grouped_mm: products with each expert's weight
+grouped.py      grouped_mm: products with each expert's weight (grouped_hopper.py, grouped_triton.py: its kernels)
 gated.py        activation * routing weight (activation.py: the table of activations)
 bias.py         biases of experts
 rows.py         the experts' arithmetic made of them
@@ -11,7 +12,6 @@ experts.py      experts_forward, expert_rows: the layer, differentiable
 exchange.py     Exchange: tokens to other ranks and back, static in shape (nvlink.py: kernels of NvlinkExchange)
 attention.py    attend: causal attention by cuDNN or flash, with documents, windows and sinks
 mamba2.py       chunk_scan, and in mamba2_*.py the convolution before it, the norm after it and the scan's kernels
-adamw.py        adamw: the update of many tensors in one pass (tensor_list.py: tables of tensors, their norm)
 aside.py        work on a second stream
 linear_cross_entropy.py    the head and its loss, without the logits of all tokens
 adamw.py        the optimizer's update of all tensors in one pass (tensor_list.py: lists of tensors on the device)

@@ -43,6 +43,11 @@ def aside(work: Callable[..., Any], *tensors: Any) -> Any:
     return result
 
 
+def runs_aside() -> bool:
+    """Whether work that is launched now goes to the second stream."""
+    return _stream is not None and torch.cuda.current_stream() == _stream
+
+
 def join_aside() -> None:
     """Let the current stream wait for what was put aside."""
     if _running and _stream is not None:

@@ -47,6 +47,11 @@ def test_biases(dtype: torch.dtype) -> None:
     cases.check_biases(72, dtype, "cpu")
 
 
+@pytest.mark.parametrize(("rows", "experts", "k"), [(70, 128, 8), (3, 5, 5), (9, 257, 1)])
+def test_top_k(rows: int, experts: int, k: int) -> None:
+    cases.check_top_k(rows, experts, k, torch.float32, "cpu")
+
+
 @pytest.mark.parametrize("group", cases.GROUPS)
 def test_grouped(group: str) -> None:
     """In fp16: the interpreter has no product of bf16."""

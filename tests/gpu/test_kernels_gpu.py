@@ -101,6 +101,13 @@ def test_small_biases(columns: int, dtype: torch.dtype) -> None:
     cases.check_biases(columns, dtype, "cuda")
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("rows", "experts", "k"), [(4096, 128, 8), (1, 32, 4), (333, 512, 22), (70, 1000, 32)])
+def test_top_k(rows: int, experts: int, k: int, dtype: torch.dtype) -> None:
+    _poison_free_memory()
+    cases.check_top_k(rows, experts, k, dtype, "cuda")
+
+
 @pytest.fixture(params=["hopper", "triton"])
 def products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whichever kernels would be chosen for so few rows: these."""

@@ -147,7 +147,7 @@ def test_what_a_record_costs(gpu: torch.device) -> None:
     median = {name: statistics.median(cost.clock for cost in found) for name, found in costs.items()}
     print({name: f"{1e6 * seconds:.0f} us" for name, seconds in median.items()})
     assert median["record"] < 100e-6
-    assert median["events of 240 eager exchanges"] < 150e-6
+    assert median["events of 240 eager exchanges"] < 250e-6
 
 
 def test_the_peak_begins_anew(gpu: torch.device) -> None:
