@@ -60,9 +60,11 @@ def run_ranks(
         AssertionError: a rank raised; the message holds its traceback.
         TimeoutError: the ranks did not finish within `timeout` seconds.
     """
-    # a fork of a process that has imported everything starts in 0.1 s instead of 5
-    context = mp.get_context("forkserver")
-    context.set_forkserver_preload(["moetrain.trainer", "tests.parity", "tests.families"])
+    # a fork of a process that has imported everything starts in 0.1 s instead of 5, but may not use CUDA if any of that
+    # has touched it
+    context: Any = mp.get_context("spawn" if backend == "nccl" else "forkserver")
+    if backend != "nccl":
+        context.set_forkserver_preload(["moetrain.trainer", "tests.parity", "tests.families"])
     out = context.Queue()
     folder = tempfile.mkdtemp()
     processes = [
