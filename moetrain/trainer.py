@@ -214,7 +214,9 @@ class Run:
     def check_finite(self, step: int, numbers: StepNumbers) -> None:
         """Stop before the optimizer touches the parameters when the step's numbers are no numbers."""
         if not (math.isfinite(numbers.loss) and math.isfinite(numbers.grad_norm)):
-            self.metrics.nonfinite(step, numbers.loss, numbers.grad_norm)
+            watched = torch.tensor(float(self.metrics.watched), device=self.device)
+            any_watched = bool(over_ranks(watched, dist.ReduceOp.MAX))
+            self.metrics.nonfinite(step, numbers.loss, numbers.grad_norm, any_watched)
         self.guard.check_finite(step, numbers.loss, numbers.grad_norm)
 
     def pause(self, step: int) -> bool:

@@ -261,15 +261,24 @@ class Metrics:
             self._publish()
         self.event("checkpoint", step, seconds=round(seconds, 3))
 
-    def nonfinite(self, step: int, loss: float, grad_norm: float) -> None:
+    @property
+    def watched(self) -> bool:
+        """Whether Prometheus has asked this rank lately."""
+        return self.endpoint is not None and time.monotonic() - self.endpoint.last_scrape < WATCHED_SECONDS
+
+    def nonfinite(self, step: int, loss: float, grad_norm: float, watched: bool) -> None:
         """A step whose numbers are no numbers: the run is about to stop. Where Prometheus watches, it gets the time to
-        see why."""
+        see why.
+
+        Args:
+            watched: any rank is; all wait, since the first that ends takes the others with it.
+        """
         self.series.add(nonfinite_steps=1)
         if self._rank == 0:
             self.series.set(loss=loss, gradient_norm=grad_norm)
         self._publish()
         self.event("nonfinite", step, loss=str(loss), grad_norm=str(grad_norm))
-        if self.endpoint is not None and time.monotonic() - self.endpoint.last_scrape < WATCHED_SECONDS:
+        if watched:
             self.say(f"step {step} is not finite; ending in {LAST_WORDS_SECONDS:.0f} s, so that monitoring sees it")
             time.sleep(LAST_WORDS_SECONDS)
 

@@ -176,7 +176,7 @@ def test_long_phases_show_while_they_last(tmp_path: Path) -> None:
 
 def test_a_step_that_is_not_finite_is_counted(tmp_path: Path) -> None:
     out = metrics(tmp_path)
-    out.nonfinite(5, math.nan, math.inf)
+    out.nonfinite(5, math.nan, math.inf, False)
     samples = scrape(out)
     assert value(samples, "nonfinite_steps_total") == 1 and math.isnan(value(samples, "loss"))
     out.close()

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import statistics
 import time
 import urllib.request
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -176,6 +178,27 @@ def test_a_straggler_shows_without_expert_parallelism(tmp_path: Path) -> None:
     )
     ranks = run_ranks(watched_run, 2, raw)
     test_a_straggler_shows_in_own_computation_and_not_in_the_step_time(tmp_path, ranks)
+
+
+def ends_without_numbers(rank: int, world_size: int, raw: dict[str, Any]) -> list[bool]:
+    """Whether this rank waits for monitoring when a step is not finite; the second alone is watched."""
+    read, waits = trainer.Readback.read, []
+
+    def no_number(self: Any, *args: Any) -> Any:
+        return replace(read(self, *args), loss=math.nan)
+
+    setattr(trainer.Readback, "read", no_number)  # noqa: B010 - for the type checker
+    setattr(trainer.Metrics, "watched", property(lambda self: rank == 1))  # noqa: B010
+    setattr(trainer.Metrics, "nonfinite", lambda self, step, loss, norm, watched: waits.append(watched))  # noqa: B010
+    with pytest.raises(Exception, match="not finite|nan"):
+        trainer.train(parse_config(raw))
+    return waits
+
+
+def test_all_ranks_wait_where_one_is_watched(tmp_path: Path) -> None:
+    write_text(tmp_path)
+    raw = tiny_run(tmp_path, parallel={"ep_size": 2}, checkpoint={"export": False}, metrics={"prometheus_port": 0})
+    assert run_ranks(ends_without_numbers, 2, raw) == [[True], [True]]
 
 
 def test_all_ranks_are_found_until_the_end(folder: Path, ranks: list[dict[str, Any]]) -> None:

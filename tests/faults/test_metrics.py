@@ -324,10 +324,12 @@ def test_a_stop_that_monitoring_should_see_waits_only_where_it_watches(
     monkeypatch.setattr(endpoint_module, "PAGE_SECONDS", 0.0)
     metrics = open_metrics()
     begin = time.monotonic()
-    metrics.nonfinite(1, math.nan, 1.0)
+    assert not metrics.watched
+    metrics.nonfinite(1, math.nan, 1.0, metrics.watched)
     assert time.monotonic() - begin < 1
     page(metrics)
-    stopping = threading.Thread(target=metrics.nonfinite, args=(2, math.nan, 1.0))
+    assert metrics.watched
+    stopping = threading.Thread(target=metrics.nonfinite, args=(2, math.nan, 1.0, True))
     stopping.start()
     time.sleep(0.3)
     assert "moetrain_nonfinite_steps_total 2.0" in page(metrics)
