@@ -9,6 +9,11 @@ that are all equal (docs/perf-notes.md).
     tile       128 rows x 256 columns, 64 of the inner dimension a step: 85 operations for each byte from the cache
     choice     by a counter: a program that another kernel keeps waiting takes fewer tiles
 
+Warps wait for each other at barriers in shared memory, of which each turn's parity tells whether it has come:
+
+    ready[s], free[s]    step s of STAGES has been loaded; both groups have multiplied it
+    told, heard          the next tile lies in the mail; those that load and multiply have read it
+
 Shapes as in grouped.py.
 """
 
