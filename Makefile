@@ -66,7 +66,7 @@ monitor-deps: ## Prometheus, Alertmanager and Chromium from the distribution's p
 	$(SUDO) apt-get update --quiet
 	$(SUDO) apt-get install --quiet --yes --no-install-recommends $(MONITOR_PACKAGES)
 
-monitor: $(VENV)/.ready ## Watch the runs below runs/: Prometheus, Alertmanager, Grafana where installed, until Ctrl-C
+monitor: $(VENV)/.ready ## Watch the runs below runs/: Prometheus, Alertmanager, Grafana if it is here, until Ctrl-C
 	$(BIN)/python -m monitoring.stack
 
 demo-cluster: $(VENV)/.ready ## 128 simulated ranks for `make monitor` to watch, with the faults in DEMO, until Ctrl-C

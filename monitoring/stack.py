@@ -1,4 +1,5 @@
-"""`python -m monitoring.stack`: Prometheus, Alertmanager and, where it is installed, Grafana, for runs on this machine.
+"""`python -m monitoring.stack`: Prometheus, Alertmanager and, where its program or image is here, Grafana, for runs on
+this machine.
 
 All listen on loopback and keep their data in a directory of their own. Discovery files of runs below `--runs` are
 found as they come; Ctrl-C ends everything.
@@ -32,6 +33,7 @@ PACKAGES = {"prometheus": "prometheus", "prometheus-alertmanager": "prometheus-a
 """Debian's package of each program. Grafana is not in Debian."""
 OTHER_NAMES = {"prometheus-alertmanager": "alertmanager"}
 """What a program is called where it does not come from Debian."""
+ENGINES = ("docker", "podman")
 PORTS = {"prometheus": 9090, "alertmanager": 9093, "grafana": 3000}
 READY_SECONDS, END_SECONDS, LOOK_SECONDS = 30.0, 10.0, 1.0
 ENDS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -181,12 +183,33 @@ def commands(options: Options, ports: Mapping[str, int]) -> dict[str, list[str]]
             f"--rules.alert.resend-delay={max(1.0, 60 / options.speed):.0f}s",
         ],
     }
+    grafana = grafana_program() or grafana_container(options, ports)
+    return found | ({"grafana": grafana} if grafana else {})
+
+
+def grafana_program() -> list[str] | None:
+    """Grafana as it is installed here."""
     grafana = shutil.which("grafana-server") or shutil.which("grafana")
-    if grafana:
-        server = [grafana] if Path(grafana).name == "grafana-server" else [grafana, "server"]
-        home = next((place for place in ("/usr/share/grafana", "/opt/grafana") if Path(place).is_dir()), None)
-        found["grafana"] = [*server, *([f"--homepath={home}"] if home else [])]
-    return found
+    if not grafana:
+        return None
+    server = [grafana] if Path(grafana).name == "grafana-server" else [grafana, "server"]
+    home = next((place for place in ("/usr/share/grafana", "/opt/grafana") if Path(place).is_dir()), None)
+    return [*server, *([f"--homepath={home}"] if home else [])]
+
+
+def grafana_container(options: Options, ports: Mapping[str, int]) -> list[str] | None:
+    """The image of compose.yml in an engine that has it already; nothing is downloaded. Paths are the same inside."""
+    image = yaml.safe_load((FOLDER / "compose.yml").read_text(encoding="utf-8"))["services"]["grafana"]["image"]
+    for engine in filter(None, map(shutil.which, ENGINES)):
+        looked = subprocess.run([engine, "image", "inspect", image], capture_output=True, stdin=subprocess.DEVNULL)
+        if looked.returncode == 0:
+            data = options.data / "grafana"
+            return [
+                *(engine, "run", "--rm", "--network=host", f"--user={os.getuid()}:{os.getgid()}"),
+                *(f"--env={name}" for name in grafana_environment(options, ports)),
+                *(f"--volume={FOLDER}:{FOLDER}:ro", f"--volume={data}:{data}", image),
+            ]
+    return None
 
 
 def grafana_environment(options: Options, ports: Mapping[str, int]) -> dict[str, str]:
@@ -219,7 +242,7 @@ def running(options: Options) -> Iterator[Stack]:
     ports: dict[str, int] = {}
     for name in PORTS:
         ports[name] = free_port(options.ports[name], list(ports.values()))
-    options.data.mkdir(parents=True, exist_ok=True)
+    (options.data / "grafana").mkdir(parents=True, exist_ok=True)
     write_configuration(options, ports)
     stack = Stack({}, {name: f"http://127.0.0.1:{port}" for name, port in ports.items()}, options)
     stack.look()
@@ -311,7 +334,7 @@ def main() -> int:
             for name, url in stack.urls.items():
                 print(f"{name:13} {url}", flush=True)
             if "grafana" not in stack.urls:
-                print("grafana       not installed here; monitoring/compose.yml has it, for an engine", flush=True)
+                print("grafana       neither its program nor its image is here; see monitoring/compose.yml", flush=True)
             print(f"watching {args.runs}/*/discovery; Ctrl-C ends", flush=True)
             return watch(stack)
     except ValueError as error:

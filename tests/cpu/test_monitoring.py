@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -252,6 +253,46 @@ def test_everything_listens_on_loopback_alone(tmp_path: Path, monkeypatch: pytes
     for name, port in (("prometheus", 9090), ("alertmanager", 9093)):
         assert f"--web.listen-address=127.0.0.1:{port}" in services[name]["command"]
     assert services["grafana"]["environment"]["GF_SERVER_HTTP_ADDR"] == "127.0.0.1"
+
+
+ENGINE = """#!/bin/sh
+echo "$@" >> "$0.calls"
+[ "$1 $2" = "image inspect" ] && { [ "$3" = "$(cat "$0.image")" ]; exit; }
+exec python3 -c 'import http.server, os, sys
+class Healthy(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200 if self.path == "/api/health" else 404)
+        self.end_headers()
+http.server.HTTPServer(("127.0.0.1", int(os.environ["GF_SERVER_HTTP_PORT"])), Healthy).serve_forever()'
+"""
+"""What an engine does with one image, whose program answers as Grafana does when it is ready."""
+
+
+@pytest.mark.parametrize("engine", stack.ENGINES)
+@needs_prometheus
+def test_grafana_runs_from_its_image_where_it_is_not_installed(
+    engine: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only if the engine has the image: nothing is downloaded."""
+    which, program = shutil.which, tmp_path / engine
+    program.write_text(ENGINE)
+    program.chmod(0o755)
+    others = {"grafana", "grafana-server", *stack.ENGINES}
+    monkeypatch.setattr(
+        stack.shutil, "which", lambda name: str(program) if name == engine else None if name in others else which(name)
+    )
+    compose = yaml.safe_load((FOLDER / "compose.yml").read_text(encoding="utf-8"))["services"]["grafana"]
+    for image, runs in (("grafana/grafana:1.0.0", False), (compose["image"], True)):
+        Path(f"{program}.image").write_text(image)
+        with stack.running(options(tmp_path)) as started:
+            assert ("grafana" in started.urls) == runs
+    call = Path(f"{program}.calls").read_text().splitlines()[-1].split()
+    assert call[0] == "run" and call[-1] == compose["image"] and "--network=host" in call
+    assert {f"--env={name}" for name in compose["environment"]} <= set(call)
+    mounted = [Path(word.removeprefix("--volume=").split(":")[0]) for word in call if word.startswith("--volume=")]
+    asked = stack.grafana_environment(options(tmp_path), dict.fromkeys(stack.PORTS, 1))
+    for name in ("GF_PATHS_PROVISIONING", "GF_PATHS_DATA", "DASHBOARDS"):
+        assert any(Path(asked[name]).is_relative_to(place) for place in mounted), name
 
 
 def test_images_are_pinned_and_what_they_mount_exists() -> None:
