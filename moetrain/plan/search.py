@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from io import StringIO
 from itertools import islice
@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from moetrain import families, mesh
 from moetrain.config import RunConfig
 from moetrain.graph import MARGIN, STACK_MARGIN
+from moetrain.parallelize import decoder_layers
 from moetrain.plan import constants
 from moetrain.plan.constants import GPUS, Gpu
 from moetrain.plan.exchange import CAPTURED, OF_ALL_RANKS, STACKED, STATIC, Balance
@@ -27,6 +28,8 @@ from moetrain.plan.trace import RANKS, Step, StepTrace, trace_step
 
 BATCHES = (1, 2, 4, 8)
 CHECKPOINTING = ("none", "selective", "full")
+EIGHTHS = 8
+"""Parts of the layers, in which the fewest that must be checkpointed are looked for: three traces."""
 WORTH_A_BATCH = 1.01
 """A larger batch that gains less is not looked for."""
 
@@ -128,6 +131,8 @@ def make_plan(
     planner = Planner(config, machine, progress=progress)
     found = list(planner.candidates(choices))
     fitting = list(planner.confirmed(found, top))
+    if choices.checkpointing is None and config.model.checkpointed_layers is None:
+        fitting = _fastest([*fitting, *planner.with_fewer_layers(fitting)])[:top]
     smallest = planner.exact(min(found, key=lambda c: c.memory.needed))
     best = fitting[0] if fitting else smallest
     return Plan(
@@ -158,13 +163,14 @@ class Planner:
         model = self.build()
         self.parameters = model.num_parameters()
         self.units = units_of(model, config.optim)
+        self.layers = len(decoder_layers(model))
         self.num_experts = _expert_counts(model)
         self.traces = {} if traces is None else traces
 
     def trace(self, step: Step) -> StepTrace:
         if step not in self.traces:
             self.progress(
-                f"tracing {step.batch} x {step.seq_len:,} tokens, {step.dispatch}, recompute {step.checkpointing}"
+                f"tracing {step.batch} x {step.seq_len:,} tokens, {step.dispatch}, recompute {step.recomputed}"
             )
             self.traces[step] = trace_step(self.build, step)
         return self.traces[step]
@@ -173,13 +179,22 @@ class Planner:
         """The trace of a step, or what that of one row says about it."""
         return self.traces[step] if step in self.traces else self.trace(replace(step, batch=1)).scaled(step.batch)
 
-    def evaluate(self, layout: Layout, batch: int, checkpointing: str, exact: bool = True) -> Candidate:
+    def evaluate(
+        self, layout: Layout, batch: int, checkpointing: str, exact: bool = True, layers: int | None = None
+    ) -> Candidate:
+        """One way to run.
+
+        Args:
+            exact: trace the step as it is, not one row of it.
+            layers: that are checkpointed, the first ones; None: as many as the configuration says of its own way, else
+                all.
+        """
         config, gpu = self.config, self.machine.kind
         dispatch = dispatch_of(config, layout)
         balance = balance_of(config, layout)
         captured = dispatch in CAPTURED and config.train.cuda_graph != "off"
-        own = checkpointing == config.model.activation_checkpointing
-        layers = config.model.checkpointed_layers if own else None
+        if layers is None and checkpointing == config.model.activation_checkpointing:
+            layers = config.model.checkpointed_layers
         recomputed = checkpointing != "none" and layers is None
         rows, stacked = rows_over_mean(dispatch, balance, captured, recomputed)
         step = Step(
@@ -222,14 +237,31 @@ class Planner:
 
     def exact(self, candidate: Candidate) -> Candidate:
         """The same with a trace of its own."""
-        return self.evaluate(candidate.layout, candidate.step.batch, candidate.step.checkpointing)
+        step = candidate.step
+        return self.evaluate(candidate.layout, step.batch, step.checkpointing, layers=step.checkpointed_layers)
+
+    def with_fewer_layers(self, fitting: Sequence[Candidate]) -> Iterator[Candidate]:
+        """The fastest of them that is checkpointed, with as few checkpointed layers as memory allows, by eighths."""
+        found = next((candidate for candidate in fitting if candidate.step.checkpointing != "none"), None)
+        if found is None or self.layers < EIGHTHS:
+            return
+        too_few, enough = 0, EIGHTHS
+        while enough - too_few > 1:
+            eighths = (too_few + enough) // 2
+            layers, step = self.layers * eighths // EIGHTHS, found.step
+            candidate = self.evaluate(found.layout, step.batch, step.checkpointing, layers=layers)
+            if candidate.fits:
+                enough, best = eighths, candidate
+            else:
+                too_few = eighths
+        if enough < EIGHTHS:
+            yield best
 
     def confirmed(self, candidates: Sequence[Candidate], top: int) -> Iterator[Candidate]:
         """The fastest `top` that fit, each traced as it is."""
-        estimated = sorted((c for c in candidates if c.fits), key=lambda c: -c.time.tokens_per_second)
+        estimated = _fastest(c for c in candidates if c.fits)
         exact = (self.exact(candidate) for candidate in estimated)
-        found = list(islice((candidate for candidate in exact if candidate.fits), top))
-        yield from sorted(found, key=lambda c: -c.time.tokens_per_second)
+        yield from _fastest(islice((candidate for candidate in exact if candidate.fits), top))
 
     def smallest(self, choices: Choices) -> Candidate:
         """The way to run that takes the least memory."""
@@ -268,6 +300,10 @@ class Planner:
         if not found:
             raise errors[0]
         return found
+
+
+def _fastest(candidates: Iterable[Candidate]) -> list[Candidate]:
+    return sorted(candidates, key=lambda candidate: -candidate.time.tokens_per_second)
 
 
 def balance_of(config: RunConfig, layout: Layout) -> Balance:

@@ -125,7 +125,7 @@ _COLORS = [f"C{number}" for number in range(10)] + ["lightsteelblue", "navajowhi
 
 def _name(candidate: Candidate) -> str:
     layout, step = candidate.layout, candidate.step
-    return f"ep {layout.ep} x fsdp {layout.fsdp} x {layout.replicas}, batch {step.batch}, {step.checkpointing}"
+    return f"ep {layout.ep} x fsdp {layout.fsdp} x {layout.replicas}, batch {step.batch}, {step.recomputed}"
 
 
 def _memory_parts(candidate: Candidate) -> dict[str, float]:
@@ -159,7 +159,7 @@ def _layout_table(plan: Plan, candidates: Sequence[Candidate]) -> Table:
         table.add_row(
             name,
             *(str(size) for size in (layout.ep, layout.fsdp, layout.replicas, step.batch)),
-            step.checkpointing,
+            step.recomputed,
             step.dispatch,
             f"{candidate.memory.needed / GIB:.1f}"
             if candidate.fits
@@ -209,7 +209,8 @@ def _candidate_json(candidate: Candidate) -> dict[str, Any]:
     layout, step, memory, time = candidate.layout, candidate.step, candidate.memory, candidate.time
     return {
         **{"ep": layout.ep, "fsdp": layout.fsdp, "replicas": layout.replicas, "batch": step.batch},
-        **{"checkpointing": step.checkpointing, "dispatch": step.dispatch, "captured": candidate.captured},
+        **{"checkpointing": step.checkpointing, "checkpointed_layers": step.checkpointed_layers},
+        **{"dispatch": step.dispatch, "captured": candidate.captured},
         "fits": candidate.fits,
         "memory": {kind: round(size) for kind, size in _memory_parts(candidate).items()},
         "memory_allocated": memory.allocated,

@@ -96,6 +96,11 @@ class Step:
     checkpointed_layers: int | None = None
     """The first ones; None: all."""
 
+    @property
+    def recomputed(self) -> str:
+        """What is, for people: how, and of how many layers if not of all."""
+        return self.checkpointing + (f" {self.checkpointed_layers}" if self.checkpointed_layers else "")
+
 
 @dataclass
 class StepTrace:

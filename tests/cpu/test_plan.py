@@ -9,6 +9,7 @@ import re
 from concurrent.futures import ProcessPoolExecutor
 from math import isclose
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -481,6 +482,36 @@ def test_the_fastest_that_fits_comes_first() -> None:
     assert all(candidate.fits and candidate.memory.needed < H200.memory_bytes for candidate in plan.fitting)
     assert plan.own is not None and plan.own.layout == Layout(2, 8, 4, 2) and plan.own.step.batch == 1
     assert plan.own.step.dispatch == "nvlink" and plan.own.captured
+
+
+@pytest.mark.parametrize(("needed", "found"), [(1, 6), (6, 6), (7, 12), (18, 18), (30, 30), (42, 42), (43, None)])
+def test_as_few_layers_are_checkpointed_as_memory_allows(
+    needed: int, found: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 48, in eighths."""
+    planner, tried = Planner.__new__(Planner), []
+
+    def evaluate(layout: str, batch: int, checkpointing: str, layers: int) -> SimpleNamespace:
+        tried.append(layers)
+        assert (layout, batch, checkpointing) == ("here", 4, "selective")
+        return SimpleNamespace(fits=layers >= needed, layers=layers)
+
+    monkeypatch.setattr(planner, "layers", 48, raising=False)
+    monkeypatch.setattr(planner, "evaluate", evaluate)
+    whole = [
+        SimpleNamespace(layout=layout, step=Step(batch=4, checkpointing=mode))
+        for layout, mode in (("there", "none"), ("here", "selective"), ("nowhere", "full"))
+    ]
+    best = [candidate.layers for candidate in planner.with_fewer_layers(whole)]  # type: ignore[arg-type,attr-defined]
+    assert best == ([] if found is None else [found]) and len(tried) == 3
+    assert not list(planner.with_fewer_layers(whole[:1]))  # type: ignore[arg-type]
+
+
+def test_the_layers_that_a_run_checkpoints_are_planned() -> None:
+    config = run_of(model={"activation_checkpointing": "full", "checkpointed_layers": 1})
+    plan = plan_run(config, nodes=2, gpus_per_node=8, gpu="h200")
+    assert plan.own is not None and plan.best == plan.own
+    assert plan.own.step.recomputed == "full 1" and "full 1" in plan.render()
 
 
 def test_the_plan_of_a_run_is_that_of_its_own_layout() -> None:
