@@ -11,12 +11,11 @@ import inspect
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import fx
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from transformers import PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
 
-from moetrain.families import experts_modules
+from moetrain.families import experts_modules, outermost_layers
 from moetrain.kernels import top_k
 
 VARIANTS = 64
@@ -42,8 +41,7 @@ def compile_layers(model: PreTrainedModel, mode: str = "auto", backend: str = "i
     for _, experts in experts_modules(model):
         cls: Any = type(experts)
         experts.__class__ = _called_outside(cls)
-    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
-    layers = [layer for layer in layers if not any(layer is not other and _holds(other, layer) for other in layers)]
+    layers = outermost_layers(model)
     for layer in layers:
         cls = type(layer)
         layer.__class__ = _with_compiled_forward(cls, backend)
@@ -67,10 +65,6 @@ def _called_outside(cls: type) -> type:
 
 def _by_the_same_name(cls: type, namespace: dict[str, Any]) -> type:
     return type(cls.__name__, (cls,), namespace | {"__module__": cls.__module__, "__qualname__": cls.__qualname__})
-
-
-def _holds(outer: nn.Module, inner: nn.Module) -> bool:
-    return any(module is inner for module in outer.modules())
 
 
 class _OwnTopK(CustomGraphPass):

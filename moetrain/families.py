@@ -109,6 +109,13 @@ def experts_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
     return [(name, module) for name, module in model.named_modules() if all(hasattr(module, mark) for mark in marks)]
 
 
+def outermost_layers(model: nn.Module) -> list[GradientCheckpointingLayer]:
+    """Transformers' checkpointable layers that are in no other one, in module order."""
+    found = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    inner = {part for layer in found for part in layer.modules() if part is not layer}
+    return [layer for layer in found if layer not in inner]
+
+
 def top_k_of(config: PretrainedConfig) -> int:
     """Experts of a token, from a text model's configuration. Raises LookupError where it has none."""
     for name in TOP_KS:

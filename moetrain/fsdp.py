@@ -57,17 +57,13 @@ def keep_gathered(model: PreTrainedModel, keep: Keep = "auto") -> str:
     return f"dense weights: {gathered / 2**30:.2f} GiB, gathered {times}"
 
 
-def adapt_groups(model: nn.Module) -> int:
-    """Let every parameter group of one rank use its weights where they lie, and every other tell how long it waits; the
-    number of the former."""
-    found = 0
+def adapt_groups(model: nn.Module) -> None:
+    """Let every parameter group of one rank use its weights where they lie, and every other tell how long it waits."""
     for group in param_groups(model):
-        group.__class__ = _Timed
-        if group.mesh_info.mesh.size() == 1 and not any(_needs_copy(param) for param in group.fsdp_params):
-            group.__class__ = _InPlace
+        in_place = group.mesh_info.mesh.size() == 1 and not any(_needs_copy(param) for param in group.fsdp_params)
+        group.__class__ = _InPlace if in_place else _Timed
+        if in_place:
             _divide_in_experts(group)
-            found += 1
-    return found
 
 
 def _divide_in_experts(group: Any) -> None:

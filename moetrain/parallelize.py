@@ -94,20 +94,13 @@ def checkpoint_activations(model: PreTrainedModel, mode: str, layers: int | None
     model.activation_checkpointing_enable(kwargs)
     if layers is None:
         return
-    decoder = decoder_layers(model)
+    decoder = families.outermost_layers(model.get_decoder())
     if layers > len(decoder):
         raise ValueError(f"model.checkpointed_layers={layers}, but the model has {len(decoder)} layers")
     for layer in decoder[layers:]:
         for module in layer.modules():
             if isinstance(module, GradientCheckpointingLayer):
                 module.gradient_checkpointing = False
-
-
-def decoder_layers(model: PreTrainedModel) -> list[GradientCheckpointingLayer]:
-    """The layers of the text model, outermost ones, in order."""
-    found = [module for module in model.get_decoder().modules() if isinstance(module, GradientCheckpointingLayer)]
-    inner = {part for layer in found for part in layer.modules() if part is not layer}
-    return [layer for layer in found if layer not in inner]
 
 
 def draws_random_numbers(model: PreTrainedModel) -> bool:

@@ -39,7 +39,8 @@ def flop_per_token(config: PreTrainedConfig, seq_len: int) -> float:
 
 def active_weights(model: Any, top_k: int) -> float:
     """Weights that multiply a token: all matrices but the embeddings, and of the experts those that it chooses."""
-    experts: dict[Any, Any] = {module: module.num_experts for _, module in experts_modules(model)}  # type: ignore
+    modules: list[tuple[str, Any]] = experts_modules(model)
+    experts = {module: module.num_experts for _, module in modules}
     total = 0.0
     for module in model.modules():
         if isinstance(module, nn.Embedding):

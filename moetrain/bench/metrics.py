@@ -16,7 +16,7 @@ import tempfile
 import threading
 import time
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -57,9 +57,7 @@ def measure_step(steps: int, expert_matrix: bool = False, scrapes_per_second: fl
         scraper.start()
         for step in range(1, steps + 1):
             hashlib.sha256(WORK)
-            begin, own = time.perf_counter(), time.thread_time()
-            _record(metrics, step, columns_L4, counts_LE if expert_matrix else None)
-            costs.append(Cost(time.perf_counter() - begin, time.thread_time() - own))
+            costs.append(_cost_of(_record, metrics, step, columns_L4, counts_LE if expert_matrix else None))
         done.set()
         scraper.join()
         metrics.close()
@@ -68,26 +66,27 @@ def measure_step(steps: int, expert_matrix: bool = False, scrapes_per_second: fl
 
 def measure_sections(steps: int, device: torch.device) -> list[Cost]:
     """What each of `steps` steps spends on measuring its exchanges, which do nothing here."""
-    times, costs = DeviceTimes(device), []
-    for _ in range(steps):
-        begin, own = time.perf_counter(), time.thread_time()
+    times = DeviceTimes(device)
+
+    def sections() -> None:
         with times.measured():
             for _ in range(SECTIONS):
                 with timed("collective_wait", device, many=True):
                     pass
         times.take()
-        costs.append(Cost(time.perf_counter() - begin, time.thread_time() - own))
-    return costs
+
+    return [_cost_of(sections) for _ in range(steps)]
 
 
 def measure_memory(steps: int) -> list[Cost]:
     """What each of `steps` steps spends on asking for its memory."""
-    costs = []
-    for _ in range(steps):
-        begin, own = time.perf_counter(), time.thread_time()
-        read_memory(anew=True)
-        costs.append(Cost(time.perf_counter() - begin, time.thread_time() - own))
-    return costs
+    return [_cost_of(read_memory, True) for _ in range(steps)]
+
+
+def _cost_of(work: Callable[..., object], *arguments: object) -> Cost:
+    begin, own = time.perf_counter(), time.thread_time()
+    work(*arguments)
+    return Cost(time.perf_counter() - begin, time.thread_time() - own)
 
 
 def _record(metrics: Metrics, step: int, columns_L4: np.ndarray, counts_LE: np.ndarray | None) -> None:

@@ -315,12 +315,12 @@ def _or_empty(gradients: list[torch.Tensor | None], like: torch.Tensor) -> list[
 
 
 @_experts_op.register_fake
-def _(x_TH, weights_TK, row_TK, offsets_E, up, down, up_bias, down_bias, transposed, *constants):  # type: ignore
+def _(x_TH, weights_TK, row_TK, offsets_E, up, down, up_bias, down_bias, transposed, *constants):  # type: ignore[no-untyped-def]
     return torch.empty_like(x_TH), x_TH.new_empty(row_TK.numel(), up.shape[2 if transposed else 1])
 
 
 @_rows_op.register_fake
-def _(rows_RH, weights_R, offsets_E, up, down, up_bias, down_bias, transposed, *constants):  # type: ignore
+def _(rows_RH, weights_R, offsets_E, up, down, up_bias, down_bias, transposed, *constants):  # type: ignore[no-untyped-def]
     return torch.empty_like(rows_RH), rows_RH.new_empty(rows_RH.shape[0], up.shape[2 if transposed else 1])
 
 

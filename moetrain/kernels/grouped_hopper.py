@@ -207,6 +207,38 @@ def _next_tile(counter):  # type: ignore[no-untyped-def]
 
 
 @jit
+def _claim(ready, free, step):  # type: ignore[no-untyped-def]
+    """The buffer of a step, once both groups have multiplied what was in it: it is to be loaded now."""
+    s = step % STAGES
+    mbarrier.wait(free.index(s), ((step // STAGES) & 1) ^ 1)
+    mbarrier.expect(ready.index(s), (TILE_M + TILE_N) * STEP * 2)
+    return s
+
+
+@jit
+def _await(ready, step):  # type: ignore[no-untyped-def]
+    """The buffer of a step, once it has been loaded."""
+    s = step % STAGES
+    mbarrier.wait(ready.index(s), (step // STAGES) & 1)
+    return s
+
+
+@jit
+def _release(free, step):  # type: ignore[no-untyped-def]
+    """This group has multiplied what is in the buffer of a step."""
+    mbarrier.arrive(free.index(step % STAGES), count=1)
+
+
+@jit
+def _send(out, where, out_buf, acc):  # type: ignore[no-untyped-def]
+    """Put a half tile of the result on its way, once the one before it has left the buffer."""
+    tma.store_wait(pendings=0)
+    out_buf.reshape([HALF, TILE_N]).store(acc.to(out.dtype))
+    fence_async_shared()
+    _store(out, where, out_buf)
+
+
+@jit
 def _choose_rows(offsets_E, counter, experts, width, news):  # type: ignore[no-untyped-def]
     """Tell of tile after tile: an expert's, then the next expert's. A count of 0 ends them."""
     columns = gl.cdiv(width, TILE_N)
@@ -235,7 +267,7 @@ def _choose_rows(offsets_E, counter, experts, width, news):  # type: ignore[no-u
 
 
 @jit
-def _load_rows(rows, weight, at, inner, buffers, ready, free, news, BY_INPUT: gl.constexpr):  # type: ignore
+def _load_rows(rows, weight, at, inner, buffers, ready, free, news, BY_INPUT: gl.constexpr):  # type: ignore[no-untyped-def]
     row_bufs, weight_bufs = buffers
     shift = _shift(at)
     step = 0
@@ -247,9 +279,7 @@ def _load_rows(rows, weight, at, inner, buffers, ready, free, news, BY_INPUT: gl
         going = count > 0
         if going:
             for k in range(0, inner, STEP):
-                s = step % STAGES
-                mbarrier.wait(free.index(s), ((step // STAGES) & 1) ^ 1)
-                mbarrier.expect(ready.index(s), (TILE_M + TILE_N) * STEP * 2)
+                s = _claim(ready, free, step)
                 where = [1073741824, shift + end, 1073741824 - count + row, k]
                 _load(rows, where, ready.index(s), row_bufs.index(s))
                 if BY_INPUT:
@@ -278,8 +308,7 @@ def _multiply_rows(  # type: ignore[no-untyped-def]
         if row < count:
             acc = gl.zeros((HALF, TILE_N), gl.float32, layout)
             for k in range(0, inner, STEP):
-                s = step % STAGES
-                mbarrier.wait(ready.index(s), (step // STAGES) & 1)
+                s = _await(ready, step)
                 x = row_bufs.index(s).reshape([2 * HALF, STEP]).slice(which * HALF, HALF, dim=0)
                 if BY_INPUT:
                     w = weight_bufs.index(s).reshape([TILE_N, STEP]).permute((1, 0))
@@ -288,20 +317,15 @@ def _multiply_rows(  # type: ignore[no-untyped-def]
                 acc = warpgroup_mma(x, w, acc, use_acc=k > 0, is_async=True)
                 acc = warpgroup_mma_wait(num_outstanding=1, deps=(acc,))
                 if k > 0:  # the product before this one is done
-                    mbarrier.arrive(free.index((step + STAGES - 1) % STAGES), count=1)
+                    _release(free, step + STAGES - 1)
                 step += 1
             acc = warpgroup_mma_wait(num_outstanding=0, deps=(acc,))
-            mbarrier.arrive(free.index((step + STAGES - 1) % STAGES), count=1)
-            tma.store_wait(pendings=0)
-            out_buf.reshape([HALF, TILE_N]).store(acc.to(out.dtype))
-            fence_async_shared()
-            where = [1073741824, shift + end, 1073741824 - count + row, n]
-            _store(out, where, out_buf)
+            _release(free, step + STAGES - 1)
+            _send(out, [1073741824, shift + end, 1073741824 - count + row, n], out_buf, acc)
         elif going:  # no row of this half
             for _ in range(0, inner, STEP):
-                s = step % STAGES
-                mbarrier.wait(ready.index(s), (step // STAGES) & 1)
-                mbarrier.arrive(free.index(s), count=1)
+                _await(ready, step)
+                _release(free, step)
                 step += 1
     tma.store_wait(pendings=0)
 
@@ -359,9 +383,7 @@ def _load_outer(left, right, left_at, right_at, buffers, ready, free, news):  # 
         turn += 1
         going = count >= 0
         for r in range(0, count, STEP):
-            s = step % STAGES
-            mbarrier.wait(free.index(s), ((step // STAGES) & 1) ^ 1)
-            mbarrier.expect(ready.index(s), (TILE_M + TILE_N) * STEP * 2)
+            s = _claim(ready, free, step)
             row = 1073741824 - count + r
             for i in gl.static_range(2):
                 where = [1073741824, left_shift + end, row, m + i * HALF]
@@ -386,22 +408,18 @@ def _multiply_outer(out, scale, buffers, ready, free, news, out_buf, which: gl.c
         if going:
             acc = gl.zeros((HALF, TILE_N), gl.float32, layout)
             for r in range(0, count, STEP):
-                s = step % STAGES
-                mbarrier.wait(ready.index(s), (step // STAGES) & 1)
+                s = _await(ready, step)
                 x = left_bufs.index(2 * s + which).reshape([STEP, HALF]).permute((1, 0))
                 w = right_bufs.index(s).reshape([STEP, TILE_N])
                 acc = warpgroup_mma(x, w, acc, use_acc=r > 0, is_async=True)
                 acc = warpgroup_mma_wait(num_outstanding=1, deps=(acc,))
                 if r > 0:  # the product before this one is done
-                    mbarrier.arrive(free.index((step + STAGES - 1) % STAGES), count=1)
+                    _release(free, step + STAGES - 1)
                 step += 1
             acc = warpgroup_mma_wait(num_outstanding=0, deps=(acc,))
             if count > 0:
-                mbarrier.arrive(free.index((step + STAGES - 1) % STAGES), count=1)
-            tma.store_wait(pendings=0)
-            out_buf.reshape([HALF, TILE_N]).store((acc * scale).to(out.dtype))
-            fence_async_shared()
-            _store(out, [expert, m + which * HALF, n], out_buf)
+                _release(free, step + STAGES - 1)
+            _send(out, [expert, m + which * HALF, n], out_buf, acc * scale)
     tma.store_wait(pendings=0)
 
 

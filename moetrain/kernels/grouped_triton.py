@@ -113,7 +113,7 @@ def _load(desc, begin, count, row, column, ROWS: tl.constexpr, COLUMNS: tl.const
 
 
 @jit
-def _store(desc, begin, count, row, column, tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr):  # type: ignore
+def _store(desc, begin, count, row, column, tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr):  # type: ignore[no-untyped-def]
     """Write a tile of the rows [begin, begin + count), nothing past them."""
     desc.store([1073741824, begin + count, 1073741824 - count + row, column], tile.reshape(1, 1, ROWS, COLUMNS))
 

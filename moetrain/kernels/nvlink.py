@@ -127,7 +127,7 @@ def _peer(table, peer, like):  # type: ignore[no-untyped-def]
 
 
 @jit
-def _push_choices(index_TK, weights_TK, choices, weights, rank, numbers, BLOCK: tl.constexpr):  # type: ignore
+def _push_choices(index_TK, weights_TK, choices, weights, rank, numbers, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     index = tl.load(index_TK + n, mask=n < numbers)
     tl.store(_peer(choices, tl.program_id(0), index_TK) + rank * numbers + n, index, mask=n < numbers)
@@ -136,7 +136,7 @@ def _push_choices(index_TK, weights_TK, choices, weights, rank, numbers, BLOCK: 
 
 
 @jit
-def _ranks_of(index_TK, token, local_experts, TOP_K: tl.constexpr, WORLD: tl.constexpr):  # type: ignore
+def _ranks_of(index_TK, token, local_experts, TOP_K: tl.constexpr, WORLD: tl.constexpr):  # type: ignore[no-untyped-def]
     """Bit p is set if rank p holds an expert of the token."""
     ranks = tl.full((), 0, tl.int32)
     for k in tl.static_range(TOP_K):

@@ -116,7 +116,7 @@ def _(
 
 
 @jit
-def _count_tiles(index_N, counts_EP, slots, tiles, first_expert, experts, TILE: tl.constexpr, PAD_E: tl.constexpr):  # type: ignore
+def _count_tiles(index_N, counts_EP, slots, tiles, first_expert, experts, TILE: tl.constexpr, PAD_E: tl.constexpr):  # type: ignore[no-untyped-def]
     """Histogram of each tile of slots: counts_EP[e, tile]."""
     tile = tl.program_id(0)
     slot = tile * TILE + tl.arange(0, TILE)

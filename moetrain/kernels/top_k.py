@@ -22,7 +22,7 @@ def top_k(scores_TE: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     Args:
         scores_TE: fp32, bf16 or fp16, of any number of leading dimensions.
     """
-    values, indices = torch.ops.moetrain.top_k(scores_TE, k)
+    values, indices = _top_k_op(scores_TE, k)
     return values, indices
 
 

@@ -164,8 +164,7 @@ class Sizes:
 def count(sizes: Sizes, step: Step) -> StepTrace:
     """What a trace would say of computation."""
     trace = StepTrace(step)
-    layers = max(sizes.layers, 1)
-    again = (step.checkpointing != "none") * min((step.checkpointed_layers or layers) / layers, 1.0)
+    again = step.share_recomputed(sizes.layers)
     for part, flops in _products(sizes, step):
         backward = 2.5 + again * (step.checkpointing == "full") if "attention" in part else 2.0 + again
         trace.work["forward", part].add(Work(flops))

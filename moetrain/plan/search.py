@@ -14,7 +14,6 @@ from transformers import PreTrainedModel
 from moetrain import families, mesh
 from moetrain.config import RunConfig
 from moetrain.graph import MARGIN, STACK_MARGIN
-from moetrain.parallelize import decoder_layers
 from moetrain.plan import constants
 from moetrain.plan.constants import GPUS, Gpu
 from moetrain.plan.exchange import CAPTURED, OF_ALL_RANKS, STACKED, STATIC, Balance
@@ -163,7 +162,7 @@ class Planner:
         model = self.build()
         self.parameters = model.num_parameters()
         self.units = units_of(model, config.optim)
-        self.layers = len(decoder_layers(model))
+        self.layers = len(families.outermost_layers(model.get_decoder()))
         self.num_experts = _expert_counts(model)
         self.traces = {} if traces is None else traces
 

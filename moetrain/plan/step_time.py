@@ -167,8 +167,7 @@ def _exchanges(trace: StepTrace, phase: str) -> float:
     repeats both; `selective` keeps what combine brought, and what a dispatcher brought that may cross nodes
     (`moetrain.tape`)."""
     repeated = {"none": 0, "selective": int(trace.step.dispatch in STACKED), "full": 2}
-    layers = len(trace.experts)
-    share = min((trace.step.checkpointed_layers or layers) / layers, 1.0)
+    share = trace.step.share_recomputed(len(trace.experts))
     return 2 + (share * repeated[trace.step.checkpointing] if phase == "backward" else 0)
 
 

@@ -101,6 +101,12 @@ class Step:
         """What is, for people: how, and of how many layers if not of all."""
         return self.checkpointing + (f" {self.checkpointed_layers}" if self.checkpointed_layers else "")
 
+    def share_recomputed(self, layers: int) -> float:
+        """Of so many layers, 0 to 1."""
+        if self.checkpointing == "none":
+            return 0.0
+        return min((self.checkpointed_layers or layers) / layers, 1.0)
+
 
 @dataclass
 class StepTrace:

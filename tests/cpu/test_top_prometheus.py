@@ -15,6 +15,7 @@ import time
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +81,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         metrics.describe({"4": 8, "9": 8}, {}, checkpoint_every=100)
     (folder / "prometheus.yml").write_text(CONFIG.format(discovery=folder / "discovery"))
     (folder / "rules.yml").write_text(RULES)
-    port, stop = free_port(), threading.Event()
+    stop = threading.Event()
 
     def train() -> None:
         step = 0
@@ -94,21 +95,31 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
     thread = threading.Thread(target=train)
     thread.start()
+    try:
+        with prometheus_in(folder) as (url, _):
+            wait_until_rates_are_known(url)
+            yield url
+    finally:
+        stop.set()
+        thread.join()
+        for metrics in ranks:
+            metrics.close()
+
+
+@contextmanager
+def prometheus_in(folder: Path) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+    """A server with the folder's prometheus.yml, its address, and the process, which is gone at the end."""
+    port = free_port()
     process = subprocess.Popen(
         ["prometheus", f"--config.file={folder}/prometheus.yml", f"--storage.tsdb.path={folder}/data",
          f"--web.listen-address=127.0.0.1:{port}"],
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     try:
-        wait_until_rates_are_known(f"http://127.0.0.1:{port}")
-        yield f"http://127.0.0.1:{port}"
+        yield f"http://127.0.0.1:{port}", process
     finally:
         process.kill()
         process.wait()
-        stop.set()
-        thread.join()
-        for metrics in ranks:
-            metrics.close()
 
 
 def wait_until_rates_are_known(url: str) -> None:
@@ -247,31 +258,23 @@ def test_prometheus_is_killed_while_somebody_watches(tmp_path: Path) -> None:
     (tmp_path / "prometheus.yml").write_text(
         CONFIG.format(discovery=tmp_path / "discovery").replace("[rules.yml]", "[]")
     )
-    port = free_port()
-    server = subprocess.Popen(
-        ["prometheus", f"--config.file={tmp_path}/prometheus.yml", f"--storage.tsdb.path={tmp_path}/data",
-         f"--web.listen-address=127.0.0.1:{port}"],
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
     try:
-        source = PrometheusSource(f"http://127.0.0.1:{port}", "watched")
-        wait_for(lambda: knows(source, 41), 60)
-        words = ["--prometheus", f"http://127.0.0.1:{port}", "--interval", "0.2"]
-        viewer, terminal = run_in_terminal("watched", *words)
-        try:
-            assert b"step 41 of 5,000" in read_until(terminal, b"step 41 of 5,000")
-            server.kill()
-            assert b"does not answer" in read_until(terminal, b"does not answer")
-            viewer.send_signal(signal.SIGINT)
-            after = read_until(terminal, b"never shown")
-            assert viewer.wait(20) == 0
-            assert b"step 41 of 5,000" in after.rpartition(b"\x1b[?1049l")[2] and b"Traceback" not in after
-        finally:
-            viewer.kill()
-            os.close(terminal)
+        with prometheus_in(tmp_path) as (url, server):
+            source = PrometheusSource(url, "watched")
+            wait_for(lambda: knows(source, 41), 60)
+            viewer, terminal = run_in_terminal("watched", "--prometheus", url, "--interval", "0.2")
+            try:
+                assert b"step 41 of 5,000" in read_until(terminal, b"step 41 of 5,000")
+                server.kill()
+                assert b"does not answer" in read_until(terminal, b"does not answer")
+                viewer.send_signal(signal.SIGINT)
+                after = read_until(terminal, b"never shown")
+                assert viewer.wait(20) == 0
+                assert b"step 41 of 5,000" in after.rpartition(b"\x1b[?1049l")[2] and b"Traceback" not in after
+            finally:
+                viewer.kill()
+                os.close(terminal)
     finally:
-        server.kill()
-        server.wait()
         metrics.close()
 
 

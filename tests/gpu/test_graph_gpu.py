@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,18 +15,12 @@ from moetrain.graph import Passes, watch_syncs
 from tests.gpu.graph_cases import batch, build, train
 
 ROOT = Path(__file__).parents[2]
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+pytestmark = [
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+    pytest.mark.usefixtures("left_as_found"),
+]
 TOLERANCE = 2e-2
 """Losses of bf16 runs whose updates are rounded stochastically, after some steps at a large learning rate."""
-
-
-@pytest.fixture(autouse=True)
-def fresh() -> Iterator[None]:
-    yield
-    torch.cuda.set_sync_debug_mode("default")
-    torch._dynamo.reset()
-    gc.collect()
-    torch.cuda.empty_cache()
 
 
 @pytest.mark.parametrize(

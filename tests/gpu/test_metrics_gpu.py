@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import statistics
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -22,34 +20,22 @@ from moetrain.kernels.clock import stamp
 from moetrain.metrics import read_records
 from moetrain.metrics.device import CAPTURED, EAGER, DeviceTimes, timed
 from tests.gpu.graph_cases import SIZES
+from tests.gpu.metrics_cases import SLEEP_CYCLES as CYCLES
+from tests.gpu.metrics_cases import slept_seconds
 from tests.runs import MODEL, tiny_config, write_text
 
 ROOT = Path(__file__).parents[2]
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-CYCLES = 4_000_000
-"""Of a kernel that does nothing: a few milliseconds."""
+pytestmark = [
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+    pytest.mark.usefixtures("left_as_found"),
+]
 STEPS = 8
-
-
-@pytest.fixture(autouse=True)
-def fresh() -> Iterator[None]:
-    yield
-    torch.cuda.set_sync_debug_mode("default")
-    torch._dynamo.reset()
-    gc.collect()
-    torch.cuda.empty_cache()
 
 
 @pytest.fixture(scope="module")
 def nap() -> float:
     """Seconds that CYCLES take."""
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda._sleep(CYCLES)
-    begin.record()
-    torch.cuda._sleep(CYCLES)
-    end.record()
-    torch.cuda.synchronize()
-    return begin.elapsed_time(end) / 1e3
+    return slept_seconds()
 
 
 @pytest.fixture
