@@ -70,7 +70,7 @@ class Endpoint:
 
     @property
     def last_scrape(self) -> float:
-        """`time.monotonic()` of the newest page that was given out; minus infinity for none."""
+        """`time.monotonic()` at which the newest page was ready to be sent; minus infinity for none."""
         return self._server.last_page
 
     def close(self) -> None:
@@ -252,8 +252,10 @@ class _Handler(BaseHTTPRequestHandler):
         elif self.path.partition("?")[0] != "/metrics":
             self._answer(404, b"the metrics are at /metrics\n", {})
         else:
-            self._answer(200, self.server.page(), {"Content-Type": CONTENT_TYPE_LATEST})
+            page = self.server.page()
+            # before it is sent, so that whoever has read a page finds the rank watched
             self.server.last_page = time.monotonic()
+            self._answer(200, page, {"Content-Type": CONTENT_TYPE_LATEST})
 
     def _answer(self, code: int, body: bytes, headers: dict[str, str]) -> None:
         self.send_response(code)
