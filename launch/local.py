@@ -32,7 +32,8 @@ def run_local(run: Run, raw: Mapping[str, Any], overrides: Sequence[str]) -> int
     full = configure(raw, overrides)  # what is wrong with the run itself is wrong with its copy too
     raw = {**raw, "model": {**raw["model"], "path": full.model.path}}
     others = [override for override in overrides if not override.startswith("model.path=")]  # the copy has its own
-    config = configure(scaled_down(run, raw, ranks), others)
+    wanted = Path(full.output_dir) if any(override.startswith("output_dir=") for override in overrides) else None
+    config = configure(scaled_down(run, raw, ranks, wanted), others)
     check_writable(config.output_dir)
     folder = Path(config.output_dir) / "job"
     folder.mkdir(parents=True, exist_ok=True)

@@ -104,13 +104,16 @@ def configure(raw: Mapping[str, Any], overrides: Sequence[str] = ()) -> RunConfi
         return load_config(file.name, list(overrides))
 
 
-def scaled_down(run: Run, raw: Mapping[str, Any], ranks: int) -> dict[str, Any]:
+def scaled_down(run: Run, raw: Mapping[str, Any], ranks: int, output_dir: Path | None = None) -> dict[str, Any]:
     """The same run small enough for any machine: the same sections, a tiny model of the same architecture with random
     weights, a few steps of short rows, experts over `ranks` ranks. Data that is not here becomes the source code of
     Python's standard library.
+
+    Args:
+        output_dir: by default runs/local/ and the run's name, which is not that of the whole run.
     """
     small: dict[str, Any] = copy.deepcopy(dict(raw))
-    output_dir = Path("runs") / "local" / run.name
+    output_dir = output_dir or Path("runs") / "local" / run.name
     small["output_dir"] = str(output_dir)
     for section, values in LOCAL_SECTIONS.items():
         small[section] = {**small.get(section, {}), **values}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import socket
 import sys
 import warnings
 from dataclasses import dataclass
@@ -27,6 +29,7 @@ from moetrain.data import Data
 from moetrain.fsdp import keep_gathered
 from moetrain.graph import Passes
 from moetrain.loss import install_loss
+from moetrain.metrics.endpoint import is_loopback
 from moetrain.moe.balance import LoadStats, set_aux_loss
 from moetrain.moe.dispatch import fastest_dispatch
 from moetrain.moe.layer import ep_implementation
@@ -53,12 +56,29 @@ def start_process_group(config: RunConfig) -> torch.device:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if mesh.world_size() > 1 and not dist.is_initialized():
+        timeout = timedelta(seconds=config.parallel.timeout_seconds)
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",
-            timeout=timedelta(seconds=config.parallel.timeout_seconds),
+            store=_store_on_loopback(timeout),
+            rank=mesh.rank(),
+            world_size=mesh.world_size(),
+            timeout=timeout,
             device_id=device if device.type == "cuda" else None,
         )
     return device
+
+
+def _store_on_loopback(timeout: timedelta) -> dist.TCPStore | None:
+    """Where ranks of this machine alone meet. Torch's own store would listen on all addresses of the machine, and takes
+    what anyone writes. None where ranks are elsewhere, or torchrun has the store."""
+    address = os.environ.get("MASTER_ADDR", "")
+    if not is_loopback(address) or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        return None
+    port = int(os.environ["MASTER_PORT"])
+    if mesh.rank() > 0:
+        return dist.TCPStore(address, port, is_master=False, timeout=timeout)
+    sock = socket.create_server((address, port), backlog=mesh.world_size())
+    return dist.TCPStore(address, port, is_master=True, timeout=timeout, master_listen_fd=sock.detach())
 
 
 def check_resume(choice: str) -> None:

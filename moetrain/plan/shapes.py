@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,9 @@ from moetrain.bench.shapes import LARGE, SHAPES
 from moetrain.config import ModelConfig
 from moetrain.create import load_model_config, new_config
 from moetrain.prepare import DTYPES
+
+_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+"""ORGANISATION/NAME; no MoE model has a name alone there."""
 
 
 def find_config(model: ModelConfig) -> PreTrainedConfig:
@@ -29,6 +34,9 @@ def find_config(model: ModelConfig) -> PreTrainedConfig:
         config: PreTrainedConfig = AutoConfig.for_model(**shape)
         return config
     try:
+        if not path.exists() and not _HUB_ID.fullmatch(model.path):  # the hub would be asked for half a minute
+            close = difflib.get_close_matches(model.path, SHAPES | LARGE, n=1)
+            raise ValueError(f"{model.path}: no such directory" + "".join(f"; did you mean {name}?" for name in close))
         return load_model_config(path, model)
     except ValueError as error:
         names = ", ".join(sorted(SHAPES | LARGE))

@@ -413,6 +413,12 @@ def test_the_small_copy_is_the_same_run(run: Run) -> None:
     assert meta_model(made, small.model).num_parameters() < 2e7
 
 
+def test_all_of_a_small_copy_lies_where_it_was_wanted(tmp_path: Path) -> None:
+    small = scaled_down(RUN, CONFIG, ranks=2, output_dir=tmp_path)
+    assert small["output_dir"] == str(tmp_path) and small["model"]["path"] == str(tmp_path / "start")
+    assert scaled_down(RUN, CONFIG, ranks=2)["output_dir"] == f"runs/local/{RUN.name}"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("run", [nemotron_nano.RUN, qwen3_30b.RUN, ultra_550b.RUN], ids=lambda run: run.name)
 def test_runs_fit_where_they_are_made_for(run: Run) -> None:

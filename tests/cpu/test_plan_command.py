@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+import moetrain.plan.shapes as shapes
 import moetrain.plan.simulate as simulation
 from moetrain.cli import main
 from moetrain.plan.command import run_config
@@ -48,6 +49,17 @@ def test_json_holds_the_layouts(config: str, capsys: pytest.CaptureFixture[str])
         assert sum(layout["seconds"].values()) == pytest.approx(layout["step_seconds"])
         assert layout["memory_needed"] < GPUS["h200"].memory_bytes
     assert plan["own"]["ep"] == 4 and 0.9 < plan["goodput"]["goodput"] < 1
+
+
+@pytest.mark.parametrize("name", ["qwen3-30b-a3", "./nowhere", "a/b/c", "../a/b"])
+def test_what_can_be_no_hub_id_is_not_asked_for(
+    name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(shapes, "load_model_config")
+    assert main(["plan", "--model", name]) == 2
+    error = capsys.readouterr().err
+    assert f"{name}: no such directory" in error and "Known without one: deepseek-v3" in error
+    assert ("did you mean qwen3-30b-a3b?" in error) == name.startswith("qwen3")
 
 
 def test_tables_and_picture(

@@ -15,11 +15,10 @@ from typing import Any
 from unittest import mock
 
 import pytest
-import torch.distributed
 
 from moetrain import launcher
 from moetrain.config import RunConfig, load_config
-from moetrain.launcher import launch, rank_environment, reserved_port, run_local
+from moetrain.launcher import launch, rank_environment, run_local
 from moetrain.metrics import EvalRecord, Metrics
 
 ROOT = Path(launcher.__file__).parents[1]
@@ -145,13 +144,26 @@ except OSError:
     assert read(tmp_path, "port", 2) == ["reserved", "reserved"]
 
 
-@pytest.mark.parametrize("libuv", [True, False])
-def test_a_store_listens_on_the_reserved_port(libuv: bool) -> None:
-    with reserved_port() as port:
-        store = torch.distributed.TCPStore("127.0.0.1", port, world_size=1, is_master=True, use_libuv=libuv)
-        store.set("who", "rank 0")
-        assert store.get("who") == b"rank 0"
-        del store
+def test_ranks_meet_on_the_reserved_port_and_nobody_else_can(tmp_path: Path) -> None:
+    body = """
+import types
+import torch, torch.distributed as dist
+from moetrain.prepare import start_process_group
+start_process_group(types.SimpleNamespace(parallel=types.SimpleNamespace(timeout_seconds=60)))
+total = torch.ones(1)
+dist.all_reduce(total)
+mine = {os.readlink(file) for file in pathlib.Path("/proc/self/fd").iterdir() if file.is_symlink()}
+rows = [line.split() for name in ("tcp", "tcp6") for line in open(f"/proc/self/net/{name}")][1:]
+listening = {row[1] for row in rows if row[3] == "0A" and f"socket:[{row[9]}]" in mine}
+publish("met", json.dumps([total.item(), os.environ["MASTER_PORT"], sorted(listening)]))
+dist.barrier()
+dist.destroy_process_group()
+"""
+    assert run_local(command(tmp_path, body), 2, tmp_path / "logs") == 0
+    for rank, text in enumerate(read(tmp_path, "met", 2)):
+        total, port, listening = json.loads(text)
+        assert total == 2 and {address.split(":")[0] for address in listening} == {"0100007F"}, listening
+        assert (f"0100007F:{int(port):04X}" in listening) == (rank == 0)
 
 
 def test_a_later_run_keeps_the_log_and_shows_its_own_lines(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
