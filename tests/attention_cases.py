@@ -26,6 +26,20 @@ class Problem(NamedTuple):
     sinks: bool = False
 
 
+TRITON = {
+    "causal": Problem(2, 150, 4, 2, 16, 16),
+    "one key head": Problem(1, 130, 6, 1, 32, 32),
+    "smaller values": Problem(1, 70, 2, 2, 48, 24),
+    "shorter than a block": Problem(3, 5, 2, 1, 8, 8),
+    "window": Problem(1, 300, 2, 1, 16, 16, window=37),
+    "sinks": Problem(1, 140, 2, 1, 16, 16, sinks=True),
+    "documents": Problem(2, 200, 4, 2, 16, 16, documents=(130, 1, 1, 68, 64, 136, 0, 0)),
+    "short documents": Problem(1, 129, 2, 1, 16, 16, documents=(2,) * 64 + (1,)),
+    "all": Problem(2, 150, 4, 2, 40, 40, window=33, documents=(100, 50, 20, 130), sinks=True),
+}
+"""Small problems for the Triton kernels: ragged lengths, groups of heads, blocks of no document's edge and of many."""
+
+
 def cumulative(lengths: tuple[int, ...], device: str) -> Tensor:
     return torch.tensor(list(itertools.accumulate(lengths, initial=0)), dtype=torch.int32, device=device)
 

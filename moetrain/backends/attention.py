@@ -14,6 +14,8 @@ import torch
 
 from moetrain.backends import transformer_engine
 from moetrain.backends.transformer_engine import HALF
+from moetrain.kernels._triton import triton
+from moetrain.kernels.attention_triton import LARGEST_HEAD
 
 
 class Case(NamedTuple):
@@ -85,9 +87,22 @@ def _misses_flash(case: Case) -> str | None:
         return "takes head sizes up to 256, values not larger than keys"
     if case.head_dim > 192 and _capability(case.device) not in ((8, 0), (9, 0), (10, 0), (10, 3)):
         return "takes head sizes up to 192 in training on this GPU"
-    if not torch.backends.cuda.flash_sdp_enabled():
-        return "switched off by torch.backends.cuda.enable_flash_sdp"
-    return None
+    return _misses_flash_switch()
+
+
+def _misses_triton(case: Case) -> str | None:
+    if reason := _misses_gpu(case):
+        return reason
+    if triton is None:
+        return "Triton is not installed (it comes with torch for CUDA)"
+    if max(case.head_dim, case.value_dim) > LARGEST_HEAD:
+        return f"takes head sizes up to {LARGEST_HEAD}"
+    return _misses_flash_switch()
+
+
+def _misses_flash_switch() -> str | None:
+    on = torch.backends.cuda.flash_sdp_enabled()
+    return None if on else "switched off by torch.backends.cuda.enable_flash_sdp"
 
 
 def _misses_transformer_engine(case: Case) -> str | None:
@@ -106,6 +121,7 @@ BACKENDS: dict[str, tuple[Backend, ...]] = {
     "attention": (
         Backend("cudnn", _misses_cudnn),
         Backend("flash", _misses_flash),
+        Backend("triton", _misses_triton),
         Backend(_TE, _misses_transformer_engine),
         _TORCH,
     ),
@@ -115,7 +131,8 @@ BACKENDS: dict[str, tuple[Backend, ...]] = {
 }
 """Operation to its backends. Attention goes to the first that takes the case; `transformer_engine` is used where the
 user chose it, and then comes first. `torch` is what Transformers would have called. `flash` is the flash attention
-inside torch, or what `torch.nn.attention.activate_flash_attention_impl` has put in its place."""
+inside torch, or what `torch.nn.attention.activate_flash_attention_impl` has put in its place; `triton` is
+kernels/attention_triton.py."""
 
 
 def choose_backend(case: Case, kernels: str = "auto") -> tuple[str, dict[str, str]]:

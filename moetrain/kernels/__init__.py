@@ -10,7 +10,8 @@ rows.py         the experts' arithmetic made of them
 row_stack.py    RowStack: the rows that the backward needs of all layers in one buffer
 experts.py      experts_forward, expert_rows: the layer, differentiable
 exchange.py     Exchange: tokens to other ranks and back, static in shape (nvlink.py: kernels of NvlinkExchange)
-attention.py    attend: causal attention by cuDNN or flash, with documents, windows and sinks
+attention.py    attend: causal attention by cuDNN, flash or Triton, with documents, windows and sinks
+attention_triton.py    its kernels whose cost does not depend on the number of documents
 mamba2.py       chunk_scan, and in mamba2_*.py the convolution before it, the norm after it and the scan's kernels
 aside.py        work on a second stream
 linear_cross_entropy.py    the head and its loss, without the logits of all tokens

@@ -1,9 +1,9 @@
-"""Causal attention on the library kernels of a GPU, with documents, sliding windows and sinks.
+"""Causal attention on the kernels of a GPU, with documents, sliding windows and sinks.
 
 Shape suffixes: B rows, S tokens of a row, T = B * S, H query heads, G key heads (a divisor of H), D size of a query and
 a key, V size of a value, N documents.
 
-The sink of a head is one more logit s in its softmax, with a value of zero. No kernel knows it, and none needs to:
+The sink of a head is one more logit s in its softmax, with a value of zero. No library kernel knows it, or needs to:
 with the kernel's log-sum-exp L over the keys,
 
     L' = logaddexp(L, s)        out' = out * exp(L - L')
@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moetrain.kernels import attention_triton
 from moetrain.kernels._triton import cdiv, jit, next_power_of_2, runs_triton, tl
 from moetrain.tape import receive_copy
 
@@ -44,7 +45,8 @@ def attend(
     Static in shape and without a host sync, differentiable in q, k, v and the sinks.
 
     Args:
-        backend: `cudnn` (no window, no documents), `flash`, or `reference` (any device, S x S scores).
+        backend: `cudnn` (no window, no documents), `flash`, `triton` (head sizes up to 128), or `reference` (any
+            device, S x S scores).
         scale: factor on the scores.
         window: keys that a token sees, itself included.
         cu_seqlens: int32 [N + 1], where the documents begin in the flattened rows, ending with T. None of them spans
@@ -180,9 +182,11 @@ def _attention_op(
     backend: str,
     keep: bool,
 ) -> tuple[Tensor, Tensor]:
-    """out [B, S, H, V] and the log-sum-exp with the sinks in it: [B, H, S], with documents [H, T]."""
+    """out [B, S, H, V] and the log-sum-exp with the sinks in it: [B, H, S]; flash's with documents is [H, T]."""
 
     def compute() -> tuple[Tensor, Tensor]:
+        if backend == "triton":  # it begins its sums with the sink
+            return attention_triton.forward(q, k, v, sinks_H, cu_seqlens, scale, window)
         out, lse = _FORWARD[backend](q, k, v, cu_seqlens, scale, window)
         if sinks_H is not None:
             with_sink = torch.logaddexp(lse, sinks_H.to(lse.dtype)[:, None])
@@ -361,18 +365,23 @@ def _at_least_fp32(tensor: Tensor) -> Tensor:
 
 
 _FORWARD = {"cudnn": _cudnn_forward, "flash": _flash_forward, "reference": _reference_forward}
-_BACKWARD = {"cudnn": _cudnn_backward, "flash": _flash_backward, "reference": _reference_backward}
+_BACKWARD = {
+    "cudnn": _cudnn_backward,
+    "flash": _flash_backward,
+    "triton": attention_triton.backward,
+    "reference": _reference_backward,
+}
 
 
 @_attention_op.register_fake
 def _(q, k, v, sinks_H, cu_seqlens, scale, window, backend, keep):  # type: ignore[no-untyped-def]
     lse_type = torch.promote_types(q.dtype, torch.float32)
     rows, length, heads, _ = q.shape
-    if cu_seqlens is not None:
+    if cu_seqlens is not None and backend != "triton":
         out = torch.empty_like(q.flatten(0, 1)[..., : v.shape[-1]]).unflatten(0, (rows, length))
         return out, q.new_empty(heads, rows * length, dtype=lse_type)
     lse = q.new_empty(rows, heads, length, dtype=lse_type)
-    if backend == "reference":
+    if backend in ("triton", "reference"):
         return q.new_empty(*q.shape[:3], v.shape[-1]), lse
     return torch.empty_like(q[..., : v.shape[-1]]), lse
 
@@ -380,7 +389,7 @@ def _(q, k, v, sinks_H, cu_seqlens, scale, window, backend, keep):  # type: igno
 @_attention_backward_op.register_fake
 def _(grad, q, k, v, sinks_H, cu_seqlens, out, lse, scale, window, backend):  # type: ignore[no-untyped-def]
     grad_sinks = lse.new_empty(0) if sinks_H is None else torch.empty_like(sinks_H)
-    if backend == "flash":
+    if backend in ("flash", "triton"):
         return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), grad_sinks
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), grad_sinks
 

@@ -32,8 +32,8 @@ def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
         (PLAIN._replace(window=128, sinks=True), "flash", {"cudnn": "window"}),
         (PLAIN._replace(head_dim=192, documents=True), "flash", {"cudnn": "documents"}),
         (PLAIN._replace(head_dim=256, value_dim=256), "flash", {"cudnn": "head sizes"}),
-        (PLAIN._replace(head_dim=512, value_dim=512), "torch", {"flash": "up to 256"}),
-        (PLAIN._replace(head_dim=64), "torch", {"flash": "not larger than keys"}),
+        (PLAIN._replace(head_dim=512, value_dim=512), "torch", {"flash": "up to 256", "triton": "up to 128"}),
+        (PLAIN._replace(head_dim=64), "triton", {"cudnn": "not larger", "flash": "not larger than keys"}),
         (PLAIN._replace(head_dim=20, value_dim=20), "torch", {"flash": "8 divides"}),
         (PLAIN._replace(dtype=torch.float32), "torch", {"cudnn": "float32", "flash": "float32"}),
         (PLAIN._replace(device=torch.device("cpu")), "torch", {"flash": "not cpu"}),
@@ -59,7 +59,8 @@ def test_kernel_follows_the_gpu_and_the_switches(hopper: None, monkeypatch: pyte
     monkeypatch.setattr(backends, "_capability", lambda device: (8, 0))
     assert choose_backend(PLAIN)[0] == "flash"
     monkeypatch.setattr(torch.backends.cuda, "flash_sdp_enabled", lambda: False)
-    assert choose_backend(PLAIN)[0] == "torch"
+    found, why = choose_backend(PLAIN)
+    assert found == "torch" and why["flash"] == why["triton"] == "switched off by torch.backends.cuda.enable_flash_sdp"
 
 
 def choose_for(model: PreTrainedModel, kernels: str = "auto") -> str:

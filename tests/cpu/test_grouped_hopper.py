@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import re
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-triton = pytest.importorskip("triton", reason="torch came without Triton")
+pytest.importorskip("triton", reason="torch came without Triton")
 hopper = pytest.importorskip("moetrain.kernels.grouped_hopper", exc_type=ImportError)
 
-from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.experimental.gluon._runtime import GluonASTSource  # noqa: E402
 
 from moetrain.kernels._triton import INTERPRETED  # noqa: E402
+from tests.hopper import compile_for_hopper, machine_code  # noqa: E402
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
-TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-SHARED_MEMORY = 227 << 10
-"""Bytes that a program of an H100 can have."""
 
 
 def tile(*shape: int) -> str:
@@ -41,9 +37,7 @@ def compiled(kernel: Any, signature: dict[str, str], constants: dict[str, Any]) 
     names = kernel.arg_names
     assert set(signature) | set(constants) == set(names)
     types = {name: signature.get(name, "constexpr") for name in names}
-    return triton.compile(
-        GluonASTSource(kernel, types, constants), target=GPUTarget("cuda", 90, 32), options=hopper.OPTIONS
-    )
+    return compile_for_hopper(GluonASTSource(kernel, types, constants), hopper.OPTIONS)
 
 
 @pytest.mark.parametrize("by_input", [True, False])
@@ -63,22 +57,11 @@ def test_outer_by_experts(shifted: bool, tmp_path: Path) -> None:
 
 
 def check(kernel: Any, folder: Path) -> None:
-    """It fits a multiprocessor, keeps its sums in registers, and computes the places of operands once a warp: a product
-    that waited for them between its four parts took 5 to 10 % longer."""
-    assert kernel.metadata.shared <= SHARED_MEMORY
-    ptx, cubin = folder / "kernel.ptx", folder / "kernel.cubin"
-    ptx.write_text(kernel.asm["ptx"])
-    told = run(TOOLS / "ptxas", "-v", "--gpu-name=sm_90a", ptx, "-o", cubin).stderr
-    assert "0 bytes spill stores, 0 bytes spill loads" in told and "serialized" not in told
-    lines = run(TOOLS / "nvdisasm", cubin).stdout.splitlines()
+    """It computes the places of operands once a warp: a product that waited for them between its four parts took 5 to
+    10 % longer."""
+    lines = machine_code(kernel, folder)
     products = [number for number, line in enumerate(lines) if "HGMMA" in line]
     assert len(products) == 2 * 4, "of two groups of warps, four steps of 16 each"
     for group in (products[:4], products[4:]):
         between = "\n".join(lines[group[0] : group[-1]])
         assert not re.search(r"\bR2UR\b", between), between
-
-
-def run(program: Path, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    result = subprocess.run([program, *arguments], capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    return result

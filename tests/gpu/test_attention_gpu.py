@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -13,7 +14,8 @@ from transformers import AutoModelForCausalLM, GptOssConfig, LlamaConfig, PreTra
 from moetrain.attention import NAME, CausalMask, attention, attention_cases, explain_attention, select_attention
 from moetrain.backends.attention import Case, choose_backend
 from moetrain.data.isolation import isolate_documents
-from tests.attention_cases import Problem, check_attention, check_sink_gradient, cumulative, random_leaves, run
+from moetrain.kernels.attention_triton import document_bounds, document_bounds_ref
+from tests.attention_cases import TRITON, Problem, check_attention, check_sink_gradient, cumulative, random_leaves, run
 from tests.cpu.test_data_isolation import packed
 
 BF16 = torch.bfloat16
@@ -69,12 +71,38 @@ def test_flash(name: str) -> None:
     check_attention((FULL | RAGGED)[name], "flash", BF16, "cuda", TOLERANCE)
 
 
+@pytest.mark.parametrize("name", [*TRITON, *FULL, *(name for name in RAGGED if RAGGED[name].head_dim <= 128)])
+def test_triton(name: str) -> None:
+    problem = (TRITON | FULL | RAGGED)[name]
+    check_attention(problem, "triton", BF16, "cuda", TOLERANCE)
+    check_attention(problem, "triton", torch.float16, "cuda", TOLERANCE)
+
+
+def test_triton_gives_the_same_bits_twice() -> None:
+    problem = RAGGED["all"]
+    leaves = random_leaves(problem, BF16, "cuda")
+    grad = torch.randn_like(run(problem, leaves, "triton"))
+    both = [
+        (out.detach(), *torch.autograd.grad(out, leaves, grad))
+        for out in (run(problem, leaves, "triton") for _ in range(2))
+    ]
+    assert all(torch.equal(once, again) for once, again in zip(*both, strict=True))
+
+
+@pytest.mark.parametrize("documents", [1, 8, 300])
+def test_triton_at_bounds_of_documents(documents: int) -> None:
+    cuts = torch.randperm(999)[: documents - 1].add(1).sort().values.tolist()
+    lengths = tuple(end - start for start, end in itertools.pairwise([0, *cuts, 1000]))
+    cu_seqlens = cumulative((*lengths, *lengths, 0, 0, 0), "cuda")
+    assert torch.equal(document_bounds(cu_seqlens, 2, 1000), document_bounds_ref(cu_seqlens, 2, 1000))
+
+
 def test_flash_in_float16_and_with_smaller_values() -> None:
     check_attention(RAGGED["all"], "flash", torch.float16, "cuda", TOLERANCE)
     check_attention(MLA, "flash", BF16, "cuda", TOLERANCE)
 
 
-@pytest.mark.parametrize("backend", [pytest.param("cudnn", marks=needs_cudnn), "flash"])
+@pytest.mark.parametrize("backend", [pytest.param("cudnn", marks=needs_cudnn), "flash", "triton"])
 def test_other_layouts(backend: str) -> None:
     """Queries with the heads outermost, keys and values that are slices of one projection, and a gradient that is no
     dense tensor; twice, as torch keeps cuDNN's plans."""
