@@ -1,8 +1,9 @@
 """DeepEP's two interfaces in plain torch over gloo: what they take, return, assert and leave unwritten.
 
 Source: deepseek-ai/DeepEP, deep_ep/buffers/legacy.py and elastic.py at dd758caf, deep_ep/buffer.py at 29d31c09, and the
-host checks of the C++ behind them. Of each method only the parameters that moetrain could pass are here, with the real
-names, order and defaults. What real kernels leave unwritten holds NaN, or ids that would send a row astray.
+checks of the C++ behind them, on the host and in kernels. Of each method only the parameters that moetrain could pass
+are here, with the real names, order and defaults. What real kernels leave unwritten holds NaN, or ids that would send a
+row astray. The machine has no network between nodes that NCCL could use.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moetrain.backends import deep_ep
+from moetrain.backends import deep_ep, deep_ep_links
 
 topk_idx_t = torch.int64
 NVL_PEERS = 8
@@ -209,6 +210,7 @@ class Buffer:
     def combine(self, x: Tensor, handle: tuple[Any, ...], topk_weights: Tensor | None = None) -> tuple[Any, ...]:
         calls.append("combine")
         check_tokens(self, x)
+        check_weights(x, topk_weights)
         (routes,) = handle
         return *send_back(self.group, x, topk_weights, routes, owner=None), EventOverlap()
 
@@ -222,9 +224,10 @@ class EPHandle:
 
 
 class ElasticBuffer:
-    """`ElasticBuffer` of V2: the order in which tokens arrive is of no kind, and nothing is written behind them."""
+    """`ElasticBuffer` of V2: tokens arrive by their source, in no order of each, and nothing is written behind them."""
 
-    reads_network = True
+    reads_speeds = True
+    """Whether nvidia-smi and ibstat tell the speeds of links."""
 
     def __init__(
         self,
@@ -234,8 +237,12 @@ class ElasticBuffer:
         hidden: int = 0,
         num_topk: int = 0,
         deterministic: bool = False,
+        num_cpu_timeout_secs: int = 300,
+        num_gpu_timeout_secs: int = 100,
         explicitly_destroy: bool = False,
     ) -> None:
+        check_communicator(group)
+        assert os.environ.get("EP_DISABLE_GIN") == "1", "NCCL GIN is unavailable"
         assert num_max_tokens_per_rank > 0 and hidden > 0
         self.group, self.num_ranks, self.rank_idx = group, group.size(), group.rank()
         self.num_max_tokens_per_rank, self.hidden = num_max_tokens_per_rank, hidden
@@ -250,9 +257,8 @@ class ElasticBuffer:
         calls.append("destroy")
 
     def get_theoretical_num_sms(self, num_experts: int, num_topk: int) -> int:
-        if not self.reads_network:
-            raise ZeroDivisionError
-        return 4 + 2 * (num_experts % self.num_ranks)  # no number for experts is a TypeError, as there
+        assert num_experts % self.num_ranks == 0  # no number for experts is a TypeError, as there
+        return 8 + 2 * num_topk if self.reads_speeds else 4
 
     def dispatch(
         self,
@@ -279,6 +285,9 @@ class ElasticBuffer:
         assert num_experts is not None and topk_idx is not None and topk_weights is not None
         check_choices(x, topk_idx, topk_weights)
         assert ((topk_idx >= -1) & (topk_idx < num_experts)).all()
+        chosen = topk_idx.sort(1).values
+        assert not ((chosen[:, 1:] == chosen[:, :-1]) & (chosen[:, 1:] >= 0)).any(), "an expert twice in a token"
+        assert num_experts <= 2048 and num_experts // self.num_ranks <= 256
         agree(self.group, room)
         assert x.shape[0] <= room <= self.num_max_tokens_per_rank
         waits = do_cpu_sync is None or do_cpu_sync
@@ -303,13 +312,34 @@ class ElasticBuffer:
     ) -> tuple[Any, ...]:
         calls.append("combine")
         check_tokens(self, x)
+        check_weights(x, topk_weights)
+        assert topk_weights is None or topk_weights.shape[1] == handle.topk_idx.shape[1]
         owner = torch.where(handle.topk_idx < 0, -1, handle.topk_idx // (handle.num_experts // self.num_ranks))
         return *send_back(self.group, x, topk_weights, handle.routes, owner), EventOverlap()
 
 
+def get_physical_domain_size(group: dist.ProcessGroup) -> tuple[int, int]:
+    """Nodes, and ranks of each."""
+    check_communicator(group)
+    return 1, group.size()
+
+
+def check_communicator(group: dist.ProcessGroup) -> None:
+    """The real one gets torch's communicator, or a null pointer, whose fields it reads and dies."""
+    assert group._get_sequence_number_for_group() > 0, "the group has had no collective"
+
+
 def check_tokens(buffer: Any, x: Tensor) -> None:
     assert not buffer.destroyed, "used after destroy"
-    assert x.dim() == 2 and x.is_contiguous() and x.dtype in deep_ep.DTYPES
+    assert not (torch.are_deterministic_algorithms_enabled() and torch.utils.deterministic.fill_uninitialized_memory)
+    assert x.dim() == 2 and x.is_contiguous() and x.dtype in deep_ep_links.DTYPES
+
+
+def check_weights(x: Tensor, topk_weights: Tensor | None) -> None:
+    """Those of a combine."""
+    if topk_weights is not None:
+        assert topk_weights.dim() == 2 and topk_weights.is_contiguous() and topk_weights.shape[0] == x.shape[0]
+        assert topk_weights.dtype == (torch.float64 if x.dtype == torch.float64 else torch.float32)
 
 
 def check_choices(x: Tensor, topk_idx: Tensor, topk_weights: Tensor) -> None:
@@ -395,7 +425,7 @@ class Module:
     """What `import deep_ep` gives, with one interface or both."""
 
     def __init__(self, *interfaces: str) -> None:
-        self.topk_idx_t = topk_idx_t
+        self.topk_idx_t, self.get_physical_domain_size = topk_idx_t, get_physical_domain_size
         for name in interfaces:
             setattr(self, name, {"Buffer": Buffer, "ElasticBuffer": ElasticBuffer}[name])
 
@@ -413,10 +443,10 @@ def install(*interfaces: str, any_sizes: bool = True, node: int | None = None) -
     deep_ep.missing = lambda: None  # type: ignore[assignment]
     deep_ep._choose.cache_clear()
     if any_sizes:
-        deep_ep.DTYPES = (torch.bfloat16, torch.float32, torch.float64)
+        deep_ep_links.DTYPES = (torch.bfloat16, torch.float32, torch.float64)
         for kind in deep_ep.LINKS:
             kind.misfit = classmethod(lambda cls, ranks, sizes: None)  # type: ignore[assignment,method-assign]
     if node is not None:
         os.environ["LOCAL_WORLD_SIZE"] = str(node)
-        NVL_PEERS = deep_ep.NVLINK_PEERS = node
+        NVL_PEERS = deep_ep_links.NVLINK_PEERS = node
     calls.clear()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +15,7 @@ import torch
 import yaml
 
 from moetrain import cli, doctor, graph, launcher
-from moetrain.backends import deep_ep
+from moetrain.backends import deep_ep, deep_ep_links
 from moetrain.backends.deep_ep import BufferLink, ElasticLink, Sizes, obstacle, why_waits
 from moetrain.config import parse_config
 from moetrain.moe import dispatch
@@ -40,6 +41,14 @@ def offer(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
     yield offered
     deep_ep._choose.cache_clear()
+
+
+@pytest.fixture
+def deterministic() -> Iterator[None]:
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(before)
 
 
 def chosen(ranks: int, sizes: Sizes) -> Any:
@@ -120,6 +129,8 @@ def test_layouts_of_buffer(offer: Any, ranks: int, node: int, reason: str | None
         ({"top_k": 33}, "33 experts of a token are more than 32", "33 experts"),
         ({"dtype": torch.float32}, "tokens are float32, not bfloat16", "float32"),
         ({"num_local": 129}, None, "129 experts on a rank are more than 128"),
+        ({"num_local": 256}, None, "256 experts on a rank are more than 128"),
+        ({"num_local": 257}, "257 experts on a rank are more than 256", "257 experts on a rank"),
     ],
 )
 def test_sizes(offer: Any, change: dict[str, Any], elastic: str | None, buffer: str | None) -> None:
@@ -139,6 +150,43 @@ def test_sizes(offer: Any, change: dict[str, Any], elastic: str | None, buffer: 
 def test_between_nodes_only_wide_enough_steps_of_hidden(offer: Any) -> None:
     offer("Buffer")
     assert obstacle(16, QWEN3) is None and obstacle(16, GPT_OSS) is not None and obstacle(8, GPT_OSS) is None
+
+
+def test_no_more_experts_than_elastic_buffer_counts(offer: Any) -> None:
+    offer("ElasticBuffer")
+    assert obstacle(16, QWEN3._replace(num_local=128)) is None
+    reason = obstacle(16, QWEN3._replace(num_local=129))
+    assert reason is not None and "2064 experts are more than 2048" in reason
+
+
+def test_multiprocessors_where_no_speed_can_be_read() -> None:
+    def fails(num_experts: int, top_k: int) -> int:
+        raise ZeroDivisionError
+
+    for answer, wanted in ((lambda *_: 14, 14), (lambda *_: 4, 20), (fails, 20)):
+        assert deep_ep_links._count_sms(SimpleNamespace(get_theoretical_num_sms=answer), 128, 8) == wanted
+
+
+def test_network_is_left_out_in_a_node_unless_the_user_says_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    for before, needed, inside in ((None, False, "1"), (None, True, None), ("0", False, "0")):
+        if before is None:
+            monkeypatch.delenv("EP_DISABLE_GIN", raising=False)
+        else:
+            monkeypatch.setenv("EP_DISABLE_GIN", before)
+        with deep_ep_links._network(needed):
+            assert os.environ.get("EP_DISABLE_GIN") == inside
+        assert os.environ.get("EP_DISABLE_GIN") == before
+
+
+def test_deterministic_algorithms(offer: Any, deterministic: None) -> None:
+    """DeepEP takes them where torch does not fill new tensors, and between nodes it then waits for the host."""
+    offer("ElasticBuffer")
+    assert why_waits(8) is None and "deterministic order" in str(why_waits(16))
+    group: Any = SimpleNamespace(size=lambda: 8)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.distributed, "get_world_size", lambda group=None: 8)
+        with pytest.raises(ValueError, match=r"needs torch\.utils\.deterministic\.fill_uninitialized_memory = False"):
+            deep_ep.link_for(group, QWEN3)
 
 
 def test_what_waits_for_the_host(offer: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import subprocess
 import sys
@@ -52,15 +53,15 @@ def test_layer_of_the_benchmark() -> None:
     """It compares outputs and all gradients with Transformers' before it measures."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(RANKS)]
     command += ["-m", "moetrain", "bench", "layer", "qwen3-30b-a3b", "--dispatch", "deepep", "--tokens", "1024"]
-    result = subprocess.run(
-        command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300
-    )
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"}
+    result = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-5000:]
     print(result.stdout)
 
 
 def on_rank(rank: int, world_size: int, interface: str) -> dict[str, float]:
     """Relative differences from `alltoall`, the largest of output and gradients, by case."""
+    faulthandler.enable()
     deep_ep.LINKS = tuple(kind for kind in deep_ep.LINKS if kind.name == interface)
     torch.manual_seed(rank)
     found = {}
