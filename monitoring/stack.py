@@ -90,8 +90,11 @@ def find_program(name: str) -> str:
     return path
 
 
-def free_port(first: int, taken: Sequence[int] = ()) -> int:
-    """The first free port of loopback from `first` on; 0 is any."""
+@contextlib.contextmanager
+def reserved_port(first: int, taken: Sequence[int] = ()) -> Iterator[int]:
+    """The first free port of loopback from `first` on; 0 is any. Inside, nobody is given it who asks for any port; the
+    program that it is for may listen on it, since both reuse addresses, as Go's servers do, and this does not listen.
+    """
     for port in range(first, first + 100) if first else [0]:
         with socket.socket() as server:
             server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -100,7 +103,8 @@ def free_port(first: int, taken: Sequence[int] = ()) -> int:
             except OSError:
                 continue
             if (found := int(server.getsockname()[1])) not in taken:
-                return found
+                yield found
+                return
     raise ValueError(f"no port from {first} to {first + 99} is free; name another first one")
 
 
@@ -240,13 +244,13 @@ def running(options: Options) -> Iterator[Stack]:
     for name in PACKAGES:
         find_program(name)
     ports: dict[str, int] = {}
-    for name in PORTS:
-        ports[name] = free_port(options.ports[name], list(ports.values()))
-    (options.data / "grafana").mkdir(parents=True, exist_ok=True)
-    write_configuration(options, ports)
-    stack = Stack({}, {name: f"http://127.0.0.1:{port}" for name, port in ports.items()}, options)
-    stack.look()
     with contextlib.ExitStack() as ends:
+        for name in PORTS:
+            ports[name] = ends.enter_context(reserved_port(options.ports[name], list(ports.values())))
+        (options.data / "grafana").mkdir(parents=True, exist_ok=True)
+        write_configuration(options, ports)
+        stack = Stack({}, {name: f"http://127.0.0.1:{port}" for name, port in ports.items()}, options)
+        stack.look()
         for name, command in commands(options, ports).items():
             log = ends.enter_context((options.data / f"{name}.log").open("wb"))
             stack.processes[name] = ends.enter_context(process(command, log, grafana_environment(options, ports)))

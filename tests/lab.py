@@ -116,7 +116,7 @@ def show(job_id: str) -> dict[str, str]:
     return dict(re.findall(r"(\w+)=(\S+)", text.splitlines()[0]))
 
 
-def wait_until(condition: Callable[[], Any], what: str, seconds: float = 60.0) -> Any:
+def wait_until(condition: Callable[[], Any], what: str, seconds: float = 120.0) -> Any:
     """The first true value of `condition`."""
     deadline = time.monotonic() + seconds
     while not (value := condition()):
@@ -125,7 +125,7 @@ def wait_until(condition: Callable[[], Any], what: str, seconds: float = 60.0) -
     return value
 
 
-def ended(job_id: str, seconds: float = 90.0) -> dict[str, str]:
+def ended(job_id: str, seconds: float = 180.0) -> dict[str, str]:
     """Fields of a job as soon as it has ended for good."""
     final = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
 

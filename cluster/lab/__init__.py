@@ -55,12 +55,17 @@ class Lab:
         return own | {"SLURM_CONF": f"{self.root}/etc/slurm.conf", "PATH": f"{os.environ['PATH']}:{SBIN}"}
 
     def run(self, *command: str, check: bool = True, timeout: float = 60.0) -> str:
-        """Standard output of a command on the lab.
+        """Standard output of a command on the lab; nothing where it did not end within `timeout` seconds.
 
         Raises:
-            RuntimeError: it failed and `check` is set; the message holds what it wrote.
+            RuntimeError: it failed, or did not end, and `check` is set; the message holds what it wrote.
         """
-        result = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=timeout)
+        try:
+            result = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=timeout)
+        except subprocess.TimeoutExpired as error:
+            if not check:
+                return ""
+            raise RuntimeError(f"{' '.join(command)} did not end within {timeout:g} s") from error
         if check and result.returncode:
             raise RuntimeError(f"{' '.join(command)} ended with {result.returncode}: {result.stderr or result.stdout}")
         return result.stdout

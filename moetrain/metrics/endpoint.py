@@ -219,9 +219,12 @@ class _Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
         if self.context is None:
             _Handler(request, client_address, self)
             return
-        with self.context.wrap_socket(request, server_side=True, do_handshake_on_connect=False) as secured:
-            with self._lock:
-                self._open[id(request)] = secured  # which has taken the connection over
+        with self._lock:  # whoever hangs up meanwhile would do so to a socket that has lost its connection
+            if id(request) not in self._open:
+                return  # it has made room before it was begun with
+            secured = self.context.wrap_socket(request, server_side=True, do_handshake_on_connect=False)
+            self._open[id(request)] = secured
+        with secured:
             secured.do_handshake()
             _Handler(secured, client_address, self)
 

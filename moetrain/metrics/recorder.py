@@ -200,8 +200,8 @@ class Metrics:
 
     def step(self, record: StepRecord) -> None:
         """Publish a step. Call it on all ranks."""
-        self._state = "train"
-        series, now = self.series, time.time()
+        self._state, series = "train", self.series
+        now, phases = time.time(), self._clock.read()  # of one moment: phases add up to the time between records
         series.add(
             tokens=record.rank_tokens,
             label_tokens=record.rank_label_tokens,
@@ -223,7 +223,7 @@ class Metrics:
             if record.expert_tokens_LE is not None:
                 counts_LE = record.expert_tokens_LE
                 series.experts_LE = counts_LE if series.experts_LE is None else series.experts_LE + counts_LE
-        phases = self._publish()
+        series.publish(self._state, phases)
         if self._rank == 0:
             spent = {name: seconds - self._recorded[name] for name, seconds in phases.items()}
             self._recorded = phases
@@ -349,10 +349,8 @@ class Metrics:
             )  # fmt: skip
             return None
 
-    def _publish(self) -> dict[str, float]:
-        phases = self._clock.read()
-        self.series.publish(self._state, phases)
-        return phases
+    def _publish(self) -> None:
+        self.series.publish(self._state, self._clock.read())
 
     def _checkpoint_done(self, begin: float, **counters: float) -> float:
         seconds = time.perf_counter() - begin

@@ -19,7 +19,7 @@ import yaml
 
 from monitoring.demo.hardware import dcgm_page, node_page
 from monitoring.demo.run import Run
-from monitoring.stack import FOLDER, find_program, free_port, process, wait_until_ready
+from monitoring.stack import FOLDER, find_program, process, reserved_port, wait_until_ready
 
 EVERY = 15
 """Seconds between two scrapes."""
@@ -93,19 +93,20 @@ def _levels(rules: Sequence[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
 @contextlib.contextmanager
 def _serving(folder: Path) -> Iterator[str]:
     """A Prometheus with the blocks so far, and nothing to scrape."""
-    configuration, port = folder / "prometheus.yml", free_port(0)
+    configuration = folder / "prometheus.yml"
     configuration.write_text("global: {}\n", encoding="utf-8")
-    command = [
-        find_program("prometheus"),
-        f"--config.file={configuration}",
-        f"--storage.tsdb.path={folder / 'data'}",
-        f"--web.listen-address=127.0.0.1:{port}",
-        "--storage.tsdb.retention.time=10y",
-    ]
-    url = f"http://127.0.0.1:{port}"
-    with (folder / "prometheus.log").open("ab") as log, process(command, log, {}) as server:
-        wait_until_ready("prometheus", server, f"{url}/-/ready", Path(log.name))
-        yield url
+    with reserved_port(0) as port, (folder / "prometheus.log").open("ab") as log:
+        command = [
+            find_program("prometheus"),
+            f"--config.file={configuration}",
+            f"--storage.tsdb.path={folder / 'data'}",
+            f"--web.listen-address=127.0.0.1:{port}",
+            "--storage.tsdb.retention.time=10y",
+        ]
+        url = f"http://127.0.0.1:{port}"
+        with process(command, log, {}) as server:
+            wait_until_ready("prometheus", server, f"{url}/-/ready", Path(log.name))
+            yield url
 
 
 def _promtool(*arguments: str) -> None:

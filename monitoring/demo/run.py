@@ -119,14 +119,16 @@ class Run:
         self._begin("setup", seconds, SETUP)
 
     def _begin(self, state: str, seconds: float, lasts: float) -> None:
-        self._state, self._begun = state, seconds
-        self._until = seconds + lasts / self._speed
+        lasts /= self._speed
         if state == "train":
             self._own = self._own_seconds(active(self.faults, seconds))
             data = SHARES["data"] + (0.45 if "slow" in active(self.faults, seconds) else 0.0)
             self._data = data * self.shape.step_seconds / self._speed
             rest = sum(SHARES[name] for name in ("optimizer", "exchange", "other"))
-            self._until = seconds + max(self._own) + self._data + rest * self.shape.step_seconds / self._speed
+            lasts = max(self._own) + self._data + rest * self.shape.step_seconds / self._speed
+            self._work = [own / lasts / SHARES["own"] for own in self._own]
+        self._begun, self._until = seconds, seconds + lasts
+        self._state = state  # after what it needs: pages are made meanwhile
         self._publish()
 
     def _finish(self, seconds: float, trouble: frozenset[str]) -> None:
@@ -280,7 +282,7 @@ class Run:
         compute less."""
         if self._state != "train" or not self.busy(seconds):
             return float(self.busy(seconds))
-        return self._own[rank] / (self._until - self._begun) / SHARES["own"]
+        return self._work[rank]
 
     @property
     def exchanging(self) -> float:

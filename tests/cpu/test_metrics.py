@@ -49,7 +49,7 @@ def metrics(folder: Path, rank: int = 0, console: Console | None = None, **confi
     return Metrics(MetricsConfig(**config), folder, rank, 10, info={"vocab_size": 64}, console=console)
 
 
-def wait_for(condition: Callable[[], bool], seconds: float = 10.0) -> None:
+def wait_for(condition: Callable[[], bool], seconds: float = 60.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "it did not come to pass"
@@ -158,8 +158,10 @@ def test_file_without_steps_is_not_worth_keeping(tmp_path: Path) -> None:
 def test_a_step_tells_phases_layers_and_slow_ranks(tmp_path: Path) -> None:
     out = metrics(tmp_path)
     out.describe({"3": 4, "5": 4}, {"run": {"model": "m"}, "rank": {"ep": 1}})
+    begin = time.perf_counter()
     with out.phase("data_wait"):
         time.sleep(0.02)
+    waited = time.perf_counter() - begin
     loads = LayerLoads([2.0, 1.5], [0.0, 0.123456], [1, 0], [0.75, 0.9])
     ranks = [0.2, 0.25, 0.3, 0.21, 0.9]
     memory = Memory(allocated=1, reserved=2, peak=3, total=4)
@@ -177,7 +179,7 @@ def test_a_step_tells_phases_layers_and_slow_ranks(tmp_path: Path) -> None:
     assert first["median_rank_seconds"] == 0.25 and first["seen_tokens"] == 4096
     assert [first[f"memory_{name}_bytes"] for name in ("allocated", "reserved", "total")] == [1, 2, 4]
     assert set(first["phase_seconds"]) == set(PHASES)
-    assert first["phase_seconds"]["data_wait"] == pytest.approx(0.02, abs=0.02) and first["phase_seconds"]["data_wait"]
+    assert 0.02 <= first["phase_seconds"]["data_wait"] <= round(waited, 4)
     assert second["phase_seconds"]["data_wait"] == 0, "of this step, not of all"
     assert "layers" not in second and "slow_ranks" not in second
 

@@ -22,6 +22,7 @@ from moetrain import cli
 from moetrain.top.follow import FileSource, Follower
 from moetrain.top.snapshot import Rank, Snapshot, warnings
 from moetrain.top.view import ASCII_BLOCKS, BLOCKS, line, screen, sparkline
+from tests.cpu.test_metrics import wait_for
 
 NOW = 1_795_000_000.0
 
@@ -238,20 +239,29 @@ def test_plain_lines_where_there_is_no_terminal(tmp_path: Path, capsys: pytest.C
     assert "\x1b" not in printed
 
 
-def test_lines_follow_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_lines_follow_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    output = io.StringIO()
+    monkeypatch.setattr(sys, "stdout", output)
+
+    def wait_to_read(words: str) -> None:
+        wait_for(lambda: words in output.getvalue(), 60)
+
     def train() -> None:
-        time.sleep(0.3)
-        write(tmp_path, ABOUT)
-        for step in (1, 2, 3):
-            time.sleep(0.15)
-            write(tmp_path, step_record(step, idle_experts=5))
-        write(tmp_path, {"kind": "event", "event": "done", "step": 3, "time": NOW})
+        try:
+            wait_to_read(": waiting\n")
+            write(tmp_path, ABOUT)
+            wait_to_read(": setup\n")
+            for step in (1, 2, 3):
+                write(tmp_path, step_record(step, idle_experts=5))
+                wait_to_read(f"step {step}/100")
+        finally:
+            write(tmp_path, {"kind": "event", "event": "done", "step": 3, "time": NOW})
 
     thread = threading.Thread(target=train)
     thread.start()
     assert cli.main(["top", str(tmp_path), "--interval", "0.02"]) == 0
     thread.join()
-    printed = capsys.readouterr().out.splitlines()
+    printed = output.getvalue().splitlines()
     assert printed[0].endswith(": waiting") and printed[1] == "mine: setup"
     assert [text.split()[1] for text in printed if text.startswith("step")][:3] == ["1/100", "2/100", "3/100"]
     assert printed.count("! 5 experts without a token") == 1
@@ -292,7 +302,7 @@ def test_live_in_a_terminal_until_ctrl_c(tmp_path: Path) -> None:
         assert b"step 41 of 100" in read_until(terminal, b"step 41 of 100")
         process.send_signal(signal.SIGINT)
         after = read_until(terminal, b"never shown")
-        assert process.wait(10) == 0
+        assert process.wait(60) == 0
     finally:
         process.kill()
         os.close(terminal)

@@ -54,6 +54,12 @@ def test_the_lab_is_sixteen_nodes_of_eight_gpus(slurm: Lab) -> None:
     assert sorted(lines.splitlines()) == [f"h100-{number:02d} 0,1,2,3,4,5,6,7" for number in range(1, 17)]
 
 
+def test_a_command_that_does_not_end_is_an_error(slurm: Lab) -> None:
+    with pytest.raises(RuntimeError, match=r"sleep 600 did not end within 0\.2 s"):
+        slurm.run("sleep", "600", timeout=0.2)
+    assert slurm.run("sleep", "600", check=False, timeout=0.2) == ""
+
+
 def test_a_lab_leaves_nothing(tmp_path: Path) -> None:
     with running_lab() as second:
         with pytest.raises(ValueError, match="already runs"):

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from moetrain import readback, trainer
 from moetrain.config import parse_config
 from moetrain.families import experts_modules
-from moetrain.metrics import Expectation, endpoint, read_records
+from moetrain.metrics import Expectation, StepRecord, endpoint, read_records
 from tests.ranks import run_ranks
 from tests.runs import records, tiny_run, write_text
 
@@ -46,9 +46,10 @@ class Scalars(TorchDispatchMode):
 
 def watched_run(rank: int, world_size: int, raw: dict[str, Any]) -> dict[str, Any]:
     """Train, rank 1 slowly; the readbacks of each step, and what Prometheus would have seen before the end."""
-    seen: dict[str, Any] = {"readbacks": [], "scalars": []}
+    seen: dict[str, Any] = {"readbacks": [], "scalars": [], "seconds": []}
     copies = [0]
     step, copy, finish = trainer.Run.step, readback.copy_to_host, trainer.Metrics.finish
+    publish = trainer.Metrics.step
 
     def counting_copy(values: Any) -> Any:
         copies[0] += 1
@@ -66,6 +67,10 @@ def watched_run(rank: int, world_size: int, raw: dict[str, Any]) -> dict[str, An
         seen["scalars"].append(scalars.count)
         return stop
 
+    def watched_publish(metrics: Any, record: StepRecord) -> None:
+        seen["seconds"].append(record.step_seconds)
+        publish(metrics, record)
+
     def watched_finish(metrics: Any) -> None:
         finish(metrics)
         time.sleep(endpoint.PAGE_SECONDS)
@@ -73,12 +78,14 @@ def watched_run(rank: int, world_size: int, raw: dict[str, Any]) -> dict[str, An
         families = text_string_to_metric_families(urllib.request.urlopen(url).read().decode())
         samples = [sample for family in families for sample in family.samples]
         seen["samples"] = {(s.name.removeprefix("moetrain_"), *sorted(s.labels.items())): s.value for s in samples}
-        file = next(Path(raw["output_dir"], "discovery").iterdir())
-        seen["targets"] = json.loads(file.read_text())
+        if rank == 0:  # which removes the file when it closes, while the other one may still be here
+            (file,) = Path(raw["output_dir"], "discovery").iterdir()
+            seen["targets"] = json.loads(file.read_text())
         seen["port"] = metrics.endpoint.port
 
     readback.copy_to_host = counting_copy
     setattr(trainer.Run, "step", watched_step)  # noqa: B010 - for the type checker
+    setattr(trainer.Metrics, "step", watched_publish)  # noqa: B010
     setattr(trainer.Metrics, "finish", watched_finish)  # noqa: B010
     trainer.train(parse_config(raw), lambda *_: Expectation(500.0, FLOPS, 2e12))
     return seen
@@ -142,6 +149,7 @@ def test_expert_load_agrees_with_the_matrix(folder: Path, ranks: list[dict[str, 
         assert layers[-1]["min_over_mean"][number] <= 1 <= layers[-1]["max_over_mean"][number]
 
 
+@pytest.mark.usefixtures("ranks")
 def test_phases_add_up_to_the_time_of_the_rank(folder: Path) -> None:
     found = read_records(folder / "out" / "metrics.jsonl")
     steps = [record for record in found if record["kind"] == "step"]
@@ -163,7 +171,11 @@ def test_a_straggler_shows_in_own_computation_and_not_in_the_step_time(
     fast, slow = (seen["samples"] for seen in ranks)
     waited = fast["phase_seconds_total", ("phase", "collective_wait")]
     assert waited > 0.7 * lost * STEPS and waited > slow["phase_seconds_total", ("phase", "collective_wait")]
-    assert fast["step_duration_seconds_sum",] == pytest.approx(slow["step_duration_seconds_sum",], rel=0.1)
+    of_fast, of_slow = (seen["seconds"] for seen in ranks)
+    longer = [b - a for a, b in zip(of_fast, of_slow, strict=True)]
+    assert abs(statistics.median(longer)) < 0.5 * lost, longer
+    assert fast["step_duration_seconds_sum",] == pytest.approx(sum(of_fast))
+    assert slow["step_duration_seconds_sum",] == pytest.approx(sum(of_slow))
 
 
 def test_a_straggler_shows_without_expert_parallelism(tmp_path: Path) -> None:

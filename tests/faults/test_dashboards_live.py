@@ -52,7 +52,7 @@ def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 def wait_for_steps(monitors: stack.Stack, run: subprocess.Popen[bytes], log: Path, url: str) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 240
     recorded = ("run:moetrain_phase:share", "rank:moetrain_own_compute_seconds_per_step:mean")
     while (value(url, "max(moetrain_step)") or 0) < STEPS_SEEN or any(
         value(url, f"max({series} >= 0)") is None for series in recorded

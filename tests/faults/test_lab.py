@@ -107,7 +107,7 @@ def test_a_cancelled_job_leaves_no_process_and_does_not_come_back(slurm: Lab, st
     assert all(lab.job_processes(slurm, node) for node in nodes)
     slurm.run("scancel", story.job_id)
     assert ended(story.job_id)["JobState"] == "CANCELLED"
-    wait_until(lambda: not any(lab.job_processes(slurm, node) for node in nodes), "the end of its processes", 30)
+    wait_until(lambda: not any(lab.job_processes(slurm, node) for node in nodes), "the end of its processes")
     assert show(story.job_id)["Restarts"] == "0" and "requeued" not in story.log()
 
 
@@ -116,7 +116,7 @@ def test_a_finished_job_takes_along_what_its_ranks_have_left(slurm: Lab, stories
     ranks = ranks_ready(story.shared, "forgets", 4)
     assert ended(story.job_id)["JobState"] == "COMPLETED"
     nodes = {variables["SLURMD_NODENAME"] for variables in ranks}
-    wait_until(lambda: not any(lab.job_processes(slurm, node) for node in nodes), "the end of its processes", 30)
+    wait_until(lambda: not any(lab.job_processes(slurm, node) for node in nodes), "the end of its processes")
 
 
 def test_an_unfit_node_is_named_and_a_spare_takes_its_place(stories: dict[str, Submitted]) -> None:
@@ -146,7 +146,7 @@ def test_without_a_spare_the_job_goes_on_without_the_unfit_node(stories: dict[st
 def test_a_drained_node_gets_no_ranks(slurm: Lab, stories: dict[str, Submitted], tmp_path: Path) -> None:
     for story in stories.values():
         ended(story.job_id)
-    wait_until(lambda: not lab.job_processes(slurm), "the end of the processes of ended jobs", 30)
+    wait_until(lambda: not lab.job_processes(slurm), "the end of the processes of ended jobs")
     slurm.run("scontrol", "update", "NodeName=h100-02", "State=DRAIN", "Reason=test")
     try:
         job = fake_job(tmp_path, "finishes", "--nodes", "15", exclude=["h100-09"])

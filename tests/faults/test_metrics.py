@@ -20,6 +20,7 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -76,10 +77,11 @@ def page(metrics: Metrics) -> str:
         return response.read().decode()
 
 
-def train(metrics: Metrics, seconds: float, first: int = 1) -> list[float]:
-    """Records steps for a while; the seconds that each took for its record."""
-    costs, end, step = [], time.monotonic() + seconds, first
-    while time.monotonic() < end:
+def train(metrics: Metrics, seconds: float, first: int = 1, least: int = 1) -> list[float]:
+    """Records steps for a while, and at least so many; the seconds that each took for its record."""
+    costs: list[float] = []
+    end, step = time.monotonic() + seconds, first
+    while time.monotonic() < end or len(costs) < least:
         time.sleep(0.002)
         begin = time.perf_counter()
         with metrics.phase("forward_backward"):
@@ -103,11 +105,11 @@ def test_clients_that_never_finish_their_request(
     assert max(train(metrics, 0.5)) < STALLED
     begin = time.monotonic()
     assert "moetrain_step " in page(metrics), "whoever asks properly is answered"
-    assert time.monotonic() - begin < 2
+    assert time.monotonic() - begin < 10
     wait_for(lambda: threading.active_count() <= threads + endpoint_module.MAX_CONNECTIONS + 1)
     closed = 0
     for client in clients[: endpoint_module.MAX_CONNECTIONS]:
-        client.settimeout(2)
+        client.settimeout(30)
         closed += client.recv(1) == b""
     assert closed == endpoint_module.MAX_CONNECTIONS, "the oldest made room"
 
@@ -119,7 +121,7 @@ def test_clients_that_are_silent_for_long_are_let_go(
     metrics = open_metrics()
     clients.append(connect(metrics))
     clients[0].sendall(START)
-    clients[0].settimeout(5)
+    clients[0].settimeout(30)
     assert clients[0].recv(1) == b""
 
 
@@ -140,8 +142,8 @@ def test_clients_that_are_silent_in_the_handshake(
             clients.append(socket.create_connection(("127.0.0.1", endpoint.port), timeout=10))
         context = ssl._create_unverified_context()
         url = f"https://127.0.0.1:{endpoint.port}/metrics"
-        assert urllib.request.urlopen(url, timeout=3, context=context).read() == b"moetrain_step 1\n"
-        clients[0].settimeout(2)
+        assert urllib.request.urlopen(url, timeout=30, context=context).read() == b"moetrain_step 1\n"
+        clients[0].settimeout(30)
         assert clients[0].recv(1) == b"", "the oldest made room"
     finally:
         endpoint.close()
@@ -179,7 +181,7 @@ time.sleep(60)
         flooded = train(metrics, 3.0, first=1000)
         assert max(flooded) < STALLED
         assert statistics.median(flooded) < 10 * quiet
-        assert len(made) <= 2 + 3.0 / endpoint_module.PAGE_SECONDS, "pages"
+        assert made and all(after - before >= endpoint_module.PAGE_SECONDS for before, after in pairwise(made)), "pages"
     finally:
         flood.kill()
         flood.wait()
@@ -190,7 +192,8 @@ def test_a_client_that_never_reads_its_answer(
 ) -> None:
     monkeypatch.setattr(endpoint_module, "REQUEST_SECONDS", 0.3)
     metrics = open_metrics()
-    metrics.endpoint._server.page._make = lambda: b"x" * 50_000_000
+    long = b"x" * 50_000_000
+    metrics.endpoint._server.page._make = lambda: long
     clients.append(connect(metrics))
     clients[0].sendall(START + STOP)
     assert max(train(metrics, 1.0)) < STALLED
@@ -224,8 +227,9 @@ def test_a_terminal_that_hangs(
     reader, writer = os.pipe()
     with os.fdopen(writer, "w") as pipe:
         metrics = open_metrics(console=Console(file=pipe, width=80))
-        costs = train(metrics, 4.0)  # some 80 bytes a step into 64 KiB that nobody reads
-        assert len(costs) * 80 > 2**16 and max(costs) < STALLED
+        costs = train(metrics, 1.0, least=2**16 // 80 + 100)  # some 80 bytes a step into 64 KiB that nobody reads
+        costs += train(metrics, 1.0, first=1 + len(costs))
+        assert max(costs) < STALLED
         begin = time.monotonic()
         metrics.close()
         assert time.monotonic() - begin < 3
@@ -313,30 +317,32 @@ def test_more_records_than_anyone_can_write_are_dropped() -> None:
     for number in range(50):
         background.submit(partial(ran.append, number))
     go.set()
-    assert not background.close(5.0), "it says that something was dropped"
+    assert not background.close(60.0), "it says that something was dropped"
     assert ran == list(range(10))
 
 
 def test_a_stop_that_monitoring_should_see_waits_only_where_it_watches(
     open_metrics: Callable[..., Metrics], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(recorder, "LAST_WORDS_SECONDS", 1.5)
+    monkeypatch.setattr(recorder, "LAST_WORDS_SECONDS", 60.0)
     monkeypatch.setattr(endpoint_module, "PAGE_SECONDS", 0.0)
     metrics = open_metrics()
     begin = time.monotonic()
     assert not metrics.watched
     metrics.nonfinite(1, math.nan, 1.0, metrics.watched)
-    assert time.monotonic() - begin < 1
+    assert time.monotonic() - begin < 30
     page(metrics)
     assert metrics.watched
+    monkeypatch.setattr(recorder, "LAST_WORDS_SECONDS", 1.5)
+    begin = time.monotonic()
     stopping = threading.Thread(target=metrics.nonfinite, args=(2, math.nan, 1.0, True))
     stopping.start()
-    time.sleep(0.3)
-    assert "moetrain_nonfinite_steps_total 2.0" in page(metrics)
+    wait_for(lambda: "moetrain_nonfinite_steps_total 2.0" in page(metrics))
     stopping.join()
     assert time.monotonic() - begin > 1.5
 
 
+@pytest.mark.timeout(600)
 def test_a_crash_stays_in_service_discovery_and_a_clean_end_does_not(tmp_path: Path) -> None:
     write_text(tmp_path)
     raw = tiny_run(tmp_path, metrics={"prometheus_port": 0}, checkpoint={"export": False}, train={"steps": 4000})
@@ -368,7 +374,7 @@ def test_a_crash_stays_in_service_discovery_and_a_clean_end_does_not(tmp_path: P
         with urllib.request.urlopen(f"http://{json.loads(file.read_text())[0]['targets'][0]}/metrics") as response:
             assert b"\nmoetrain_restarts 1.0\n" in response.read()
         process.send_signal(signal.SIGTERM)
-        assert process.wait(60) == 75
+        assert process.wait(120) == 75
         assert not discovery.exists()
     finally:
         process.kill()

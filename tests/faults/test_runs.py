@@ -29,8 +29,8 @@ STEPS = 12
 EVERY = 4
 
 HOLD = '''
-"""Stops this process at one moment, which then lasts until a file is deleted."""
-import os, re, sys, time
+"""Stops this process at one moment, which then lasts until a file is deleted; says when a signal has come meanwhile."""
+import contextlib, os, re, signal, sys, time
 
 def hook(event, args):
     global reached
@@ -54,9 +54,14 @@ def hold_amid_a_step():
 def hold():
     open(file, "w").close()
     while os.path.exists(file):
+        with contextlib.suppress(BlockingIOError):
+            os.read(told, 1)
+            open(file + ".told", "w").close()
         time.sleep(0.01)
 
 if "HOLD" in os.environ:
+    told, tell = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+    signal.set_wakeup_fd(tell)
     rank, wanted, pattern, file = os.environ["HOLD"].split(" ")
     reached = os.environ.get("RANK") != rank
     sys.addaudithook(hook)
@@ -205,11 +210,13 @@ def suffer(folder: Path, fault: Fault, start: Any, held: Path) -> None:
     started: Started = start(folder, fault.at)
     started.wait_for(held, fault.name)
     started.send(fault.signum, fault.to)
-    if fault.signum != KILL:
-        time.sleep(0.2)  # for the launcher to pass it on
+    told = held.with_name(f"{held.name}.told")
+    if fault.signum != KILL and not fault.name.startswith("start"):  # where it kills: nobody listens yet
+        started.wait_for(told, fault.name)
         held.unlink()
     code, output = started.end()
-    held.unlink(missing_ok=True)
+    for file in (held, told):
+        file.unlink(missing_ok=True)
     assert code == fault.code, f"[{fault.name}] {output}"
     assert newest(folder) == fault.newest, fault.name
     if fault.to.startswith("rank"):

@@ -56,10 +56,12 @@ def _fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     Fake.calls, Fake.hang, Fake.fail_at, Fake.hang_at = [], threading.Event(), "", ""
     monkeypatch.setitem(module.PACKAGES, "tensorboard", "json")
     monkeypatch.setattr(module, "TensorBoard", Fake)
-    monkeypatch.setattr(module, "CLOSE_SECONDS", 0.5)
     monkeypatch.setattr(module, "BACKLOG", 50)
     yield
     Fake.hang.set()
+    for thread in threading.enumerate():
+        if thread.name == "moetrain-records":  # it would make its calls in the next test
+            thread.join()
 
 
 def run(folder: Path) -> tuple[float, float]:
@@ -88,8 +90,11 @@ def test_one_that_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @pytest.mark.parametrize("where", ["start", "log", "close"])
-def test_one_that_hangs(tmp_path: Path, caplog: pytest.LogCaptureFixture, where: str) -> None:
+def test_one_that_hangs(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
     Fake.hang_at = where
+    monkeypatch.setattr(module, "CLOSE_SECONDS", 0.5)
     with caplog.at_level(logging.WARNING):
         usual, end = run(tmp_path)
     assert usual < CALL_SECONDS
