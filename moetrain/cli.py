@@ -9,12 +9,13 @@ import argparse
 import errno
 import logging
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moetrain.bench.commands import add_bench, check_names, name_part, run_bench
+from moetrain.bench.commands import add_bench, check_names, name_part, positive, run_bench
 from moetrain.plan.arguments import add_plan
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 USER_ERROR = 2
 INTERRUPTED = 130
+READER_GONE = 128 + signal.SIGPIPE
 DISK_ERRNOS = (
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO),
     *(errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.ENAMETOOLONG),
@@ -30,12 +32,17 @@ DISK_ERRNOS = (
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit code. What the user can mend is one `error:` block and code 2, no traceback."""
-    args = _parse(argv)
     try:
+        args = _parse(argv)
+        _mind_readers(goes_on=args.verb is train)
         code: int = args.verb(args)
+        sys.stdout.flush()
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
+    except BrokenPipeError:  # whoever read the output has enough of it, as `head` does
+        _discard_output()
+        return READER_GONE
     except Exception as error:
         if not _users_to_mend(error) or os.environ.get("MOETRAIN_DEBUG"):
             raise
@@ -143,10 +150,10 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     args, rest = parser.parse_known_args(name_part(words))
     args.words = words
     # argparse takes positionals once; overrides may also stand behind an option
-    if rest and "overrides" in args and not any(word.startswith("-") for word in rest):
-        args.overrides += rest
-    elif rest:
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest and ("overrides" not in args or any(word.startswith("-") for word in rest)):
+        args.parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if "overrides" in args:
+        args.overrides = [*args.overrides, *rest]
     return args
 
 
@@ -189,9 +196,12 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("out", metavar="OUT", help="directory to make")
     sub.add_argument("--source", metavar="DIR", help="the checkpoint that the run started from, if it has moved")
 
-    data = verbs.add_parser("data", help="look at the training data, or tokenize it").add_subparsers(
-        title="verbs", required=True, metavar="VERB"
-    )
+    data = verbs.add_parser(
+        "data",
+        help="look at the training data, or tokenize it",
+        epilog="examples:\n  moetrain data preview my.yaml --rows 3\n  moetrain data tokenize my.yaml --out corpus",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    ).add_subparsers(title="verbs", required=True, metavar="VERB")
     sub = _verb(
         data,
         "preview",
@@ -200,7 +210,7 @@ def _parser() -> argparse.ArgumentParser:
         "moetrain data preview my.yaml --rows 3",
     )
     _add_config(sub)
-    sub.add_argument("--rows", type=int, default=1, metavar="N", help="rows to show (default: 1)")
+    sub.add_argument("--rows", type=positive, default=1, metavar="N", help="rows to show (default: 1)")
     sub = _verb(
         data,
         "tokenize",
@@ -250,8 +260,10 @@ def _parser() -> argparse.ArgumentParser:
         "moetrain doctor --json",
         "moetrain doctor configs/python_stdlib.yaml",
     )
-    sub.add_argument("config", nargs="?", help="YAML file: also what this run would use here, and why")
-    sub.add_argument("overrides", nargs="*", metavar="section.key=value")
+    sub.add_argument(
+        "config", nargs="?", metavar="CONFIG", help="YAML file: also what this run would use here, and why"
+    )
+    _add_overrides(sub)
     sub.add_argument("--json", action="store_true", help="for programs")
     return parser
 
@@ -272,13 +284,17 @@ def _verb(
         epilog="examples:\n" + "\n".join(f"  {example}" for example in examples),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.set_defaults(verb=run)
+    parser.set_defaults(verb=run, parser=parser)
     return parser
 
 
 def _add_config(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", metavar="CONFIG", help="YAML file of the run")
-    parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="overrides, such as optim.lr=1e-5")
+    _add_overrides(parser)
+
+
+def _add_overrides(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("overrides", nargs="*", default=(), metavar="a.b=c", help="overrides, such as optim.lr=1e-5")
 
 
 class _Version(argparse.Action):
@@ -310,10 +326,36 @@ def _print_error(error: Exception) -> None:
     from rich.console import Console
     from rich.text import Text
 
+    text = str(error)
+    if isinstance(error, OSError) and error.strerror:  # without the number, which says the same
+        text = ": ".join(str(part) for part in (error.filename, error.strerror) if part)
     console = Console(stderr=True)
-    console.print(Text.assemble(("error: ", "bold red"), (str(error), "red")), soft_wrap=True)
+    console.print(Text.assemble(("error: ", "bold red"), (text, "red")), soft_wrap=True)
     if not isinstance(error, FloatingPointError):
         console.print(Text("MOETRAIN_DEBUG=1 shows where it was raised", "dim"), soft_wrap=True)
+
+
+def _mind_readers(goes_on: bool) -> None:
+    """What rich does where the reader of the output has gone; of itself it ends the process, with the code of a bug.
+
+    Args:
+        goes_on: a training, which ends for no reader.
+    """
+    from rich.console import Console
+
+    def gone(console: Console) -> None:
+        if not goes_on:
+            raise BrokenPipeError
+        console.quiet = True
+        _discard_output()
+
+    setattr(Console, "on_broken_pipe", gone)  # noqa: B010 - for the type checker
+
+
+def _discard_output() -> None:
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)
 
 
 def _log_to_console() -> None:

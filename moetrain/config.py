@@ -294,12 +294,19 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
         raise ValueError(f"override {override!r} is not of the form section.key=value")
     *parents, leaf = key.split(".")
     node = raw
-    for name in parents:
+    for depth, name in enumerate(parents, 1):
         child = node.setdefault(name, {})
+        if isinstance(child, list):
+            raise ValueError(
+                f"override {override!r}: {name} is a list; write it whole, {'.'.join(parents[:depth])}=[...]"
+            )
         if not isinstance(child, dict):
             raise ValueError(f"override {override!r}: {name} is not a section")
         node = child
-    node[leaf] = yaml.safe_load(text)
+    try:
+        node[leaf] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"override {override!r}: the value is no YAML: {' '.join(str(error).split())}") from None
 
 
 def _explain(item: Any) -> str:

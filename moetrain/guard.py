@@ -127,6 +127,8 @@ class Guard:
         if signum == signal.SIGINT:
             # The second Ctrl-C ends the process at once, also inside a collective that never returns.
             signal.signal(signal.SIGINT, signal.SIG_DFL)
+            if self._rank == 0:  # not by print, which the signal may have interrupted
+                os.write(2, b"\nmoetrain: stopping after this step, then saving; Ctrl-C again ends at once, unsaved\n")
 
     def _watch(self) -> None:
         """Write one hang report for each silence of `hang_seconds`."""

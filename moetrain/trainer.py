@@ -32,6 +32,7 @@ from moetrain.checkpoint import (
     prune,
     save_hf,
     save_state,
+    set_aside,
     verify_checksums,
 )
 from moetrain.config import RunConfig
@@ -275,19 +276,28 @@ class Run:
         self.guard.beat(step)
 
     def resume(self) -> int:
-        """Continue from the newest complete checkpoint, or the one that is named; the number of steps done."""
+        """Continue from the newest complete checkpoint, or the one that is named; the number of steps done. Checkpoints
+        that lie ahead of it are another run's."""
         choice = self.config.checkpoint.resume
-        if choice == "never":
-            return 0
-        path = find_latest(self.checkpoints) if choice == "auto" else Path(choice)
-        if path is None:
-            return 0
+        path = None
+        if choice != "never":
+            path = find_latest(self.checkpoints) if choice == "auto" else Path(choice)
+        done = 0 if path is None else self.load(path)
+        own = path is not None and path.absolute().parent == self.checkpoints.absolute()
+        self.saved_step = done if own else None
+        if aside := set_aside(self.checkpoints, done if own else 0):
+            self.metrics.say(f"goes on without {', '.join(path.name for path in aside)}, renamed so")
+        return done
+
+    def load(self, path: Path) -> int:
+        """Take the state of a checkpoint; its step."""
         with keep_settings(self.optimizer, self.scheduler):
             state = load_state(path, model=self.model, optimizer=self.optimizer, scheduler=self.scheduler)
         self.data.train.load_state_dict(state.data_state)
         self.metrics.resume(state.step)
-        self.metrics.say(f"goes on from {path}, step {state.step} of {self.config.train.steps}")
-        self.saved_step = state.step if path.parent == self.checkpoints.absolute() else None
+        steps = self.config.train.steps
+        left = f"step {state.step} of {steps}" if state.step < steps else f"step {state.step}: nothing is left to train"
+        self.metrics.say(f"goes on from {path}, {left}")
         return state.step
 
     def export(self) -> None:

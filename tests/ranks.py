@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import faulthandler
+import multiprocessing.connection
 import os
 import queue
 import shutil
+import signal
 import tempfile
 import time
 import traceback
@@ -17,6 +20,10 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 
+class RankKilled(AssertionError):
+    """A signal has ended a rank."""
+
+
 def _rank_main(
     rank: int, world_size: int, store: str, backend: str, fn: Callable[..., Any], args: tuple[Any, ...], out: Any
 ) -> None:
@@ -27,6 +34,7 @@ def _rank_main(
         LOCAL_WORLD_SIZE=str(world_size),
     )
     torch.set_num_threads(1)
+    faulthandler.enable()
     try:
         device = torch.device("cuda", rank) if backend == "nccl" else None
         if device is not None:
@@ -58,6 +66,7 @@ def run_ranks(
 
     Raises:
         AssertionError: a rank raised; the message holds its traceback.
+        RankKilled: a rank was ended by a signal, whatever the others made of it.
         TimeoutError: the ranks did not finish within `timeout` seconds.
     """
     # a fork of a process that has imported everything starts in 0.1 s instead of 5, but may not use CUDA if any of that
@@ -84,11 +93,13 @@ def run_ranks(
             except queue.Empty:
                 dead = [r for r, p in enumerate(processes) if not p.is_alive() and r not in results]
                 if dead and out.empty():
+                    _look_for_killed(processes)
                     raise AssertionError(f"ranks {dead} died without a word") from None
                 if time.monotonic() > deadline:
                     raise TimeoutError(f"ranks did not finish in {timeout} s") from None
                 continue
             if error is not None:
+                _look_for_killed(processes, error)
                 raise AssertionError(f"rank {rank} failed:\n{error}")
             results[rank] = value
     finally:
@@ -99,3 +110,15 @@ def run_ranks(
             process.join(timeout=30)
         shutil.rmtree(folder, ignore_errors=True)
     return [results[rank] for rank in range(world_size)]
+
+
+def _look_for_killed(processes: list[Any], error: str = "") -> None:
+    """Raise RankKilled where a signal has ended a rank, or does so in the next second."""
+    multiprocessing.connection.wait([process.sentinel for process in processes], timeout=1.0)
+    killed = {
+        rank: signal.Signals(-process.exitcode).name
+        for rank, process in enumerate(processes)
+        if process.exitcode is not None and process.exitcode < 0
+    }
+    if killed:
+        raise RankKilled(f"ranks were ended by signals: {killed}\n{error}") from None

@@ -13,7 +13,7 @@ from moetrain.checkpoint.dropped import Dropped, find_dropped
 from moetrain.checkpoint.export import save_hf
 from moetrain.checkpoint.export_run import export_run
 from moetrain.checkpoint.source import CheckpointInfo, check_checkpoint, verify_checksums
-from moetrain.checkpoint.state import TrainState, find_latest, load_state, prune, save_state
+from moetrain.checkpoint.state import TrainState, find_latest, load_state, prune, save_state, set_aside
 
 __all__ = [
     "CheckpointInfo",
@@ -27,5 +27,6 @@ __all__ = [
     "prune",
     "save_hf",
     "save_state",
+    "set_aside",
     "verify_checksums",
 ]

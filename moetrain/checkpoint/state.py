@@ -13,8 +13,10 @@ There is no pickle in it. The directory appears under its name when everything i
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
+import os
 import re
 import warnings
 from collections.abc import Iterator, Mapping
@@ -48,6 +50,8 @@ from moetrain.checkpoint.storage import TENSOR_INDEX, TensorReader, TensorWriter
 STATE_FILE = "state.json"
 MODEL_FILES = "model"
 FORMAT = 1
+
+ABANDONED = ".abandoned"
 
 logger = logging.getLogger(__name__)
 
@@ -204,6 +208,23 @@ def prune(root: str | Path, keep: int) -> None:
                     clear_leftovers(path.with_suffix(""))
 
 
+def set_aside(root: str | Path, after: int) -> list[Path]:
+    """Rename the checkpoints of later steps, which the run that now begins there does not continue: it would be pruned
+    before them, and a restart would take them for its own. Collective.
+
+    Returns:
+        Their new paths, `step-00000009.abandoned`; nothing looks at them again.
+    """
+    aside: list[Path] = []
+    with together():
+        if rank() == 0:
+            for path in _named(Path(root).absolute()):
+                if _step(path) > after:
+                    aside.append(_unused(path.with_name(path.name + ABANDONED)))
+                    os.rename(path, aside[-1])
+    return list(share(aside))
+
+
 def why_incomplete(path: Path) -> str | None:
     """What is missing of a checkpoint, judged without reading tensors; None for a complete one."""
     if not (path / MANIFEST).is_file():
@@ -224,12 +245,26 @@ def why_incomplete(path: Path) -> str | None:
 
 def _complete(root: Path) -> Iterator[Path]:
     """Complete checkpoints, the newest first."""
-    named = [path for path in root.glob("step-*") if re.fullmatch(r"step-\d{8,}", path.name)]
-    for path in sorted(named, key=lambda path: int(path.name[5:]), reverse=True):
+    for path in sorted(_named(root), key=_step, reverse=True):
         if reason := why_incomplete(path):
             logger.warning("passing over a damaged checkpoint: %s", reason)
         else:
             yield path
+
+
+def _named(root: Path) -> list[Path]:
+    """What has the name of a checkpoint, complete or not."""
+    return [path for path in root.glob("step-*") if re.fullmatch(r"step-\d{8,}", path.name)]
+
+
+def _step(path: Path) -> int:
+    return int(path.name[5:])
+
+
+def _unused(path: Path) -> Path:
+    """The path, or the first of it with a number that nothing has."""
+    others = (path.with_name(f"{path.name}-{number}") for number in itertools.count(2))
+    return next(other for other in itertools.chain([path], others) if not other.exists())
 
 
 def _tensors(model: PreTrainedModel, optimizer: Optimizer) -> dict[str, torch.Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import shutil
 from collections.abc import Callable
@@ -11,9 +12,11 @@ from typing import Any
 
 import pytest
 import yaml
+from rich.console import Console
 
 import moetrain
 from moetrain import cli, launcher
+from moetrain import dry_run as module
 from moetrain.config import CreateConfig, RunConfig, load_config
 from moetrain.create import create_checkpoint
 
@@ -115,7 +118,8 @@ def test_train_launches_with_its_overrides(config_file: Path, monkeypatch: pytes
     [
         (ValueError("first line\nsecond [bold] line"), "error: first line\nsecond [bold] line\nMOETRAIN_DEBUG=1"),
         (FloatingPointError("step 3: the loss is nan"), "error: step 3: the loss is nan\n"),
-        (OSError(errno.ENOSPC, "No space left on device"), "error: [Errno 28] No space left on device\n"),
+        (OSError(errno.ENOSPC, "No space left on device"), "error: No space left on device\n"),
+        (OSError(errno.EACCES, "Permission denied", "runs/mine"), "error: runs/mine: Permission denied\n"),
         (OSError("nobody/nothing is not a local folder"), "error: nobody/nothing is not a local folder\n"),
     ],
     ids=lambda value: type(value).__name__,
@@ -218,11 +222,71 @@ def test_dry_run_of_a_checkpoint(config_file: Path, checkpoint: Path, capsys: py
         ("data.train=[{path: /nowhere/at/all.txt}]", "no such file or directory: /nowhere/at/all.txt"),
         ("output_dir=/dev/null/out", "output_dir /dev/null/out cannot be written"),
         ("model.create.config={hidden_size: 16}", "model.create.config needs a model_type"),
+        ("model.create.vocab_size=257", "256 bytes and 2 special tokens need 258"),
+        ("data.chat_template=nope.jinja", "data.chat_template: no such file: nope.jinja"),
+        ("checkpoint.resume=nonex", "checkpoint.resume: nonex is not a complete training checkpoint"),
+        ("data.loss_on=assistant", "data.loss_on=assistant needs chats, but"),
     ],
 )
 def test_dry_run_finds(config_file: Path, override: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert dry_run(config_file, override) == 2
     assert message in capsys.readouterr().err
+
+
+DOCUMENTS = {
+    "empty": ("", "a.jsonl: no documents in 1 file(s)", "no text to train a tokenizer on"),
+    "bad line": ('{"txt": "x"}\n', "a.jsonl:1: no field 'text'", "a.jsonl:1: no field 'text'"),
+    "chat": (
+        '{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]}\n',
+        "the tokenizer has no chat template; set data.chat_template",
+        "the tokenizer has no chat template; set data.chat_template",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", DOCUMENTS)
+@pytest.mark.parametrize("use", ["train", "validation"])
+def test_dry_run_reads_the_first_document(
+    config_file: Path, checkpoint: Path, tmp_path: Path, case: str, use: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content, of_a_checkpoint, of_one_to_create = DOCUMENTS[case]
+    (tmp_path / "a.jsonl").write_text(content)
+    sources = f"data.{use}=[{{path: {tmp_path / 'a.jsonl'}}}]"
+    assert dry_run(config_file, sources, f"model.path={checkpoint}", "model.create=null") == 2
+    assert of_a_checkpoint in capsys.readouterr().err
+    assert dry_run(config_file, sources) == 2
+    assert (of_one_to_create if use == "train" else of_a_checkpoint) in capsys.readouterr().err
+    template = tmp_path / "a.jinja"
+    template.write_text("{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{{ '<assistant>' }}")
+    if case == "chat":
+        assert dry_run(config_file, sources, f"data.chat_template={template}") == 0
+    assert not (tmp_path / "out").exists() and not (tmp_path / "start").exists()
+
+
+def test_dry_run_of_token_files(
+    config_file: Path, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from_checkpoint = [f"model.path={checkpoint}", "model.create=null"]
+    assert cli.main(["data", "tokenize", str(config_file), *from_checkpoint, "--out", str(tmp_path / "c")]) == 0
+    (tokens,) = (tmp_path / "c").glob("*.tokens")
+    (tmp_path / "b.txt").write_text(TEXT)
+    sources = f"data.train=[{{path: {tmp_path / 'b.txt'}}}, {{path: {tokens}}}]"
+    assert dry_run(config_file, sources, *from_checkpoint) == 0
+    assert dry_run(config_file, sources) == 2
+    assert f"{tokens} is tokenised already; a new tokenizer needs the text" in capsys.readouterr().err
+    content = bytearray(tokens.read_bytes())
+    content[5000] ^= 4
+    tokens.write_bytes(content)
+    assert dry_run(config_file, sources, *from_checkpoint) == 2
+    assert f"{tokens} is damaged" in capsys.readouterr().err
+
+
+def test_dry_run_colours_no_numbers(config_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = io.StringIO()
+    console = Console(file=out, force_terminal=True, color_system="standard")
+    monkeypatch.setattr(module, "get_console", lambda: console)
+    assert dry_run(config_file) == 0
+    assert "\x1b[1mstep    \x1b[0m24 rows of 32 = 768 tokens\n" in out.getvalue()
 
 
 def test_dry_run_finds_a_truncated_shard(

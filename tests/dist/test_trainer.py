@@ -101,6 +101,20 @@ def test_bf16_optimizer_states_learn(uninterrupted: Path, tmp_path: Path, states
     assert losses(tmp_path)[-1] < losses(tmp_path)[0] - 0.3
 
 
+def test_a_run_that_starts_over_is_not_mixed_with_what_is_ahead(uninterrupted: Path, tmp_path: Path) -> None:
+    """Its own checkpoints stay, those of the run before it are kept apart, and a restart goes on from its own."""
+    shutil.copytree(uninterrupted, tmp_path, dirs_exist_ok=True)
+    checkpoints = tmp_path / "out" / "checkpoints"
+    assert {path.name for path in checkpoints.iterdir()} == {"step-00000003", "step-00000006"}
+    anew = {"resume": "never", "every": 1, "keep": 2, "export": False}
+    run_ranks(run, 2, tiny_run(tmp_path, parallel={"ep_size": 2}, train={"steps": 2}, checkpoint=anew))
+    left = {"step-00000001", "step-00000002", "step-00000003.abandoned", "step-00000006.abandoned"}
+    assert {path.name for path in checkpoints.iterdir()} == left
+    back = {"resume": str(checkpoints / "step-00000001"), "every": 1, "export": False}
+    run_ranks(run, 2, tiny_run(tmp_path, parallel={"ep_size": 2}, train={"steps": 2}, checkpoint=back))
+    assert {path.name for path in checkpoints.iterdir()} == left | {"step-00000002.abandoned"}
+
+
 def test_a_resumed_run_takes_the_settings_of_its_own_configuration(uninterrupted: Path, tmp_path: Path) -> None:
     shutil.copytree(uninterrupted, tmp_path, dirs_exist_ok=True)
     shutil.rmtree(tmp_path / "out" / "checkpoints" / "step-00000006")

@@ -22,6 +22,7 @@ from moetrain.checkpoint import (
     prune,
     save_hf,
     save_state,
+    set_aside,
     verify_checksums,
 )
 from tests.families import tiny
@@ -199,3 +200,17 @@ def test_prune_never_deletes_the_newest_complete_one(tmp_path: Path, run: Any) -
     assert find_latest(tmp_path) == tmp_path / "step-00000002"
     with pytest.raises(ValueError, match="keep=0 would delete the newest checkpoint"):
         prune(tmp_path, keep=0)
+
+
+def test_what_is_set_aside_twice_is_kept_twice(tmp_path: Path) -> None:
+    complete = [f"step-{step:08d}" for step in (2, 9, 12)]
+    for name in (*complete, "step-00000009.abandoned", "step-00000009.incomplete"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "which").write_text(name)
+    aside = set_aside(tmp_path, 2)
+    assert sorted(path.name for path in aside) == ["step-00000009.abandoned-2", "step-00000012.abandoned"]
+    assert (tmp_path / "step-00000009.abandoned-2" / "which").read_text() == "step-00000009"
+    assert (tmp_path / "step-00000009.abandoned" / "which").read_text() == "step-00000009.abandoned"
+    assert set_aside(tmp_path, 2) == [] and (tmp_path / "step-00000002").is_dir()
+    prune(tmp_path, keep=1)
+    assert all(path.is_dir() for path in aside), "nothing deletes them"
