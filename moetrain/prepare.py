@@ -21,7 +21,8 @@ from moetrain import mesh
 from moetrain.attention import select_attention
 from moetrain.auto import AutoModelForCausalLM
 from moetrain.backends.transformer_engine import use_transformer_engine
-from moetrain.checkpoint.state import why_incomplete
+from moetrain.checkpoint.agree import share, together
+from moetrain.checkpoint.state import find_latest, read_state, why_incomplete
 from moetrain.compiled import compile_layers
 from moetrain.config import ModelConfig, RunConfig
 from moetrain.create import check_loaded
@@ -85,6 +86,34 @@ def check_resume(choice: str) -> None:
     """Raise ValueError where `checkpoint.resume` names something else than a complete training checkpoint."""
     if choice not in ("auto", "never") and (reason := why_incomplete(Path(choice))):
         raise ValueError(f"checkpoint.resume: {reason}; name another checkpoint, or take auto or never")
+
+
+def first_checkpoint(choice: str, checkpoints: Path) -> Path | None:
+    """The checkpoint that a run begins with, by `checkpoint.resume`; None for none.
+
+    A scheduler that restarts a run repeats its command. What the run has saved by then goes before what it was told to
+    begin with. Collective.
+    """
+    newest = find_latest(checkpoints)
+    if choice == "auto":
+        return newest
+    saved = False
+    with together():
+        if mesh.rank() == 0 and newest is not None and _restarted():
+            saved = read_state(newest)["extra"] == begun_by(choice)
+    if share(saved):
+        return newest
+    return None if choice == "never" else Path(choice)
+
+
+def begun_by(choice: str) -> dict[str, str]:
+    """What a checkpoint holds of `checkpoint.resume`, as it was where the run began."""
+    return {"resume": choice}
+
+
+def _restarted() -> bool:
+    """Whether Slurm or torchrun has started this very run before."""
+    return any(int(os.environ.get(f"{by}_RESTART_COUNT") or 0) > 0 for by in ("SLURM", "TORCHELASTIC"))
 
 
 def build_model(config: RunConfig, directory: Path) -> PreTrainedModel:

@@ -27,7 +27,6 @@ from moetrain import facts, mesh
 from moetrain.attention import explain_attention
 from moetrain.checkpoint import (
     check_checkpoint,
-    find_latest,
     load_state,
     prune,
     save_hf,
@@ -55,10 +54,12 @@ from moetrain.moe.balance import BiasUpdate, LoadStats
 from moetrain.moe.dispatch.static import forget_exchanges
 from moetrain.optim import AdamW, build_scheduler, clip_factor, grad_norm, keep_settings
 from moetrain.prepare import (
+    begun_by,
     build_model,
     check_resume,
     continue_text,
     describe,
+    first_checkpoint,
     keep_quiet,
     start_process_group,
     step_parts,
@@ -138,6 +139,8 @@ class Run:
     started: float = dataclasses.field(default_factory=time.monotonic)
     saved_step: int | None = None
     """Step of the newest training checkpoint."""
+    begun: dict[str, str] = dataclasses.field(default_factory=dict)
+    """How it began, for its checkpoints to tell."""
     evaluated_step: int | None = None
 
     def step(self, step: int) -> bool:
@@ -270,18 +273,18 @@ class Run:
                 data_state=self.data.train.state_dict(),
                 tokenizer=self.tokenizer,
                 dropped=self.model.dropped_weights,
+                extra=self.begun,
             )
             prune(self.checkpoints, self.config.checkpoint.keep)
         self.saved_step = step
         self.guard.beat(step)
 
     def resume(self) -> int:
-        """Continue from the newest complete checkpoint, or the one that is named; the number of steps done. Checkpoints
-        that lie ahead of it are another run's."""
+        """Continue from a checkpoint, if there is one to continue from; the number of steps done. Checkpoints that lie
+        ahead of it are another run's."""
         choice = self.config.checkpoint.resume
-        path = None
-        if choice != "never":
-            path = find_latest(self.checkpoints) if choice == "auto" else Path(choice)
+        self.begun = begun_by(choice)
+        path = first_checkpoint(choice, self.checkpoints)
         done = 0 if path is None else self.load(path)
         own = path is not None and path.absolute().parent == self.checkpoints.absolute()
         self.saved_step = done if own else None
@@ -294,6 +297,8 @@ class Run:
         with keep_settings(self.optimizer, self.scheduler):
             state = load_state(path, model=self.model, optimizer=self.optimizer, scheduler=self.scheduler)
         self.data.train.load_state_dict(state.data_state)
+        if self.config.checkpoint.resume == "auto":
+            self.begun = state.extra or self.begun
         self.metrics.resume(state.step)
         steps = self.config.train.steps
         left = f"step {state.step} of {steps}" if state.step < steps else f"step {state.step}: nothing is left to train"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from moetrain.config import parse_config
+from moetrain.metrics import read_records
 from moetrain.trainer import train
 from tests.ranks import run_ranks
 from tests.runs import records, tiny_run, write_text
@@ -113,6 +115,30 @@ def test_a_run_that_starts_over_is_not_mixed_with_what_is_ahead(uninterrupted: P
     back = {"resume": str(checkpoints / "step-00000001"), "every": 1, "export": False}
     run_ranks(run, 2, tiny_run(tmp_path, parallel={"ep_size": 2}, train={"steps": 2}, checkpoint=back))
     assert {path.name for path in checkpoints.iterdir()} == left | {"step-00000002.abandoned"}
+
+
+def restart(rank: int, world_size: int, raw: dict[str, Any]) -> None:
+    os.environ["SLURM_RESTART_COUNT"] = "1"
+    run(rank, world_size, raw)
+
+
+@pytest.mark.parametrize("resume", ["never", "EARLIER"])
+def test_a_restart_by_the_scheduler_goes_on_however_the_run_began(
+    uninterrupted: Path, tmp_path: Path, resume: str
+) -> None:
+    """And does not take checkpoints of another run for its own."""
+    shutil.copytree(uninterrupted, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "out" / "metrics.jsonl").unlink()
+    begin = str(uninterrupted / "out" / "checkpoints" / "step-00000003") if resume == "EARLIER" else resume
+    first = 1 if resume == "never" else 4
+    checkpoint = {"resume": begin, "every": 1, "export": False}
+    sections: dict[str, Any] = {"parallel": {"ep_size": 2}, "checkpoint": checkpoint}
+    run_ranks(restart, 2, tiny_run(tmp_path, **sections, train={"steps": first}))
+    assert sorted(records(tmp_path)) == [first]
+    run_ranks(restart, 2, tiny_run(tmp_path, **sections, train={"steps": first + 1}))
+    assert sorted(records(tmp_path)) == [first, first + 1]
+    lines = read_records(tmp_path / "out" / "metrics.jsonl")
+    assert [record["step"] for record in lines if record["kind"] == "step"] == [first, first + 1], "each once"
 
 
 def test_a_resumed_run_takes_the_settings_of_its_own_configuration(uninterrupted: Path, tmp_path: Path) -> None:
