@@ -309,7 +309,9 @@ def _tokenizer(config: RunConfig) -> Any:
     """The tokenizer of `model.path`; a checkpoint that the run would create is created now."""
     from moetrain.create import create_checkpoint, find_checkpoint, load_tokenizer
     from moetrain.data import training_texts
+    from moetrain.prepare import keep_quiet
 
+    keep_quiet()
     if config.model.create is not None:
         create_checkpoint(Path(config.model.path), config.model.create, training_texts(config.data), config.train.seed)
     return load_tokenizer(find_checkpoint(config.model.path), config.model)

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import errno
+import os
+import re
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -147,6 +151,7 @@ def create_checkpoint(path: Path, config: CreateConfig, texts: Iterable[str], se
 
     Raises:
         ValueError: `path` holds something else, or the configuration is wrong.
+        OSError: the disk is full or not writable.
     """
     if (path / "config.json").is_file():
         return
@@ -154,17 +159,39 @@ def create_checkpoint(path: Path, config: CreateConfig, texts: Iterable[str], se
         raise ValueError(f"model.path={path} exists but holds no checkpoint; name another path or empty it")
     new_config(config)  # mistakes show before the tokenizer takes its time
 
+    with _building(path) as building:
+        train_tokenizer(texts, config.vocab_size, building)
+        tokenizer = AutoTokenizer.from_pretrained(building)
+        special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        model_config = new_config(config, **special, vocab_size=len(tokenizer))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            AutoModelForCausalLM.from_config(model_config, dtype=torch.float32).save_pretrained(building)
+        write_manifest(building, {file.name: hash_file(file) for file in building.iterdir()})
+
+
+@contextmanager
+def _building(path: Path) -> Iterator[Path]:
+    """A directory to fill, which is called `path` at the end. When the body raises, it is deleted, so that a full disk
+    is not left full."""
     building = path.with_name(path.name + ".tmp")
     shutil.rmtree(building, ignore_errors=True)
-    train_tokenizer(texts, config.vocab_size, building)
-    tokenizer = AutoTokenizer.from_pretrained(building)
-    special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    model_config = new_config(config, **special, vocab_size=len(tokenizer))
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        AutoModelForCausalLM.from_config(model_config, dtype=torch.float32).save_pretrained(building)
-    write_manifest(building, {file.name: hash_file(file) for file in building.iterdir()})
-    building.rename(path)
+    try:
+        yield building
+        building.rename(path)
+    except Exception as error:
+        shutil.rmtree(building, ignore_errors=True)
+        if code := _full_disk(error):
+            raise OSError(code, f"cannot write to {path.parent}: {os.strerror(code)}") from error
+        raise
+
+
+def _full_disk(error: Exception) -> int:
+    """The errno of an error that says that the disk takes no more, or 0; tokenizers and safetensors have types of their
+    own for what the system says, and its number in the text."""
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    code = error.errno if isinstance(error, OSError) else int(found[1]) if found else None
+    return code if code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else 0
 
 
 def _fetch(path: str) -> Path:

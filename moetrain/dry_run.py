@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import tempfile
+from itertools import islice
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from rich import get_console
 from rich.markup import escape
@@ -16,29 +18,32 @@ from moetrain.backends import deep_ep
 from moetrain.checkpoint import check_checkpoint
 from moetrain.config import DataConfig, MetricsConfig, RunConfig, Source
 from moetrain.create import check_layout, find_checkpoint, load_model_config, load_tokenizer, meta_model, new_config
-from moetrain.data.sources import STDLIB, find_files
-from moetrain.data.tokenize import check_vocabulary
+from moetrain.data.sources import STDLIB, find_files, total_bytes
+from moetrain.data.tokenize import apply_chat_template_file, check_vocabulary, open_beginning, training_texts
+from moetrain.data.tokenizer import train_tokenizer
 from moetrain.graph import capture_obstacle
 from moetrain.launcher import num_processes
 from moetrain.metrics.endpoint import check_endpoint
 from moetrain.metrics.sinks import check_sinks
 from moetrain.moe.dispatch import fastest_dispatch, why_waits
 from moetrain.moe.layer import NAME
+from moetrain.prepare import check_resume
 
 
 def dry_run(config: RunConfig) -> None:
-    """Check output directory, layout, model files, vocabulary, data files and what metrics need; print one line for
-    each. Writes nothing.
+    """Check output directory, layout, model files, vocabulary, the first document of each data source and what metrics
+    need; print one line for each. Writes nothing that stays.
 
     Raises:
         ValueError: the first of them that would stop the run.
     """
     world = int(os.environ.get("WORLD_SIZE", "0")) or num_processes(config)
+    check_resume(config.checkpoint.resume)
     _say("output", _output(Path(config.output_dir)))
     model, text = _model(config)
     _say("model", text)
     _say("layout", _layout(config, world, model))
-    _say("data", _data(config.data))
+    _say("data", _data(config.data, _tokenizer(config)))
     _say("metrics", _metrics(config.metrics))
     rows = world * config.data.batch_size * config.train.grad_accum
     tokens = rows * config.data.seq_len
@@ -82,7 +87,7 @@ def _dispatch(name: str, ep_size: int) -> str:
 
 
 def _say(name: str, text: str) -> None:
-    get_console().print(f"[green]ok[/] [bold]{name:<8}[/]{escape(text)}", soft_wrap=True)
+    get_console().print(f"[green]ok[/] [bold]{name:<8}[/]{escape(text)}", highlight=False, soft_wrap=True)
 
 
 def _output(output_dir: Path) -> str:
@@ -124,11 +129,22 @@ def _layout(config: RunConfig, world: int, model: PreTrainedModel) -> str:
     return f"{shards}, ep {parallel.ep_size}: a rank holds {experts} experts of a layer"
 
 
-def _data(data: DataConfig) -> str:
-    train = _sources(data.train)
+def _tokenizer(config: RunConfig) -> Any:
+    """The tokenizer of the run; in the place of one that the run would train, one of the data's first text."""
+    create = config.model.create
+    if create is None or (Path(config.model.path) / "config.json").is_file():
+        return load_tokenizer(find_checkpoint(config.model.path), config.model)
+    first = islice(filter(None, training_texts(config.data)), 1)
+    with tempfile.TemporaryDirectory() as directory:
+        return train_tokenizer(first, create.vocab_size, Path(directory))
+
+
+def _data(data: DataConfig, tokenizer: Any) -> str:
+    apply_chat_template_file(data, tokenizer)
+    train = _sources(data.train, data, tokenizer)
     if data.validation is None:
         return f"{train}; {data.validation_fraction:.0%} of it for validation"
-    return f"{train}; validation: {_sources(data.validation)}"
+    return f"{train}; validation: {_sources(data.validation, data, tokenizer)}"
 
 
 def _metrics(metrics: MetricsConfig) -> str:
@@ -140,11 +156,14 @@ def _metrics(metrics: MetricsConfig) -> str:
     return ", ".join(["metrics.jsonl", *served, *metrics.sinks])
 
 
-def _sources(sources: list[Source]) -> str:
+def _sources(sources: list[Source], data: DataConfig, tokenizer: Any) -> str:
+    """What the sources hold, after their first documents were tokenised."""
+    for source in sources:
+        with tempfile.TemporaryDirectory() as directory:
+            open_beginning(source, data, tokenizer, Path(directory), max_tokens=1)
     files = [file for source in sources for file in find_files(source)]
-    size = sum(file.path.stat().st_size for file in files)
     names = ", ".join("Python's standard library" if source.path == STDLIB else source.path for source in sources)
-    return f"{names}: {_files(len(files))}, {size / 1e6:,.1f} MB"
+    return f"{names}: {_files(len(files))}, {total_bytes(files) / 1e6:,.1f} MB"
 
 
 def _files(count: int) -> str:

@@ -7,11 +7,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from moetrain.bench.shapes import find_shape, layer_shape
+from moetrain.bench.shapes import SHAPES, find_shape, layer_shape, nearest
 
 Run = Callable[[argparse.Namespace], int]
 DEFAULT_MODEL = "qwen3-30b-a3b"
 OUT = "runs/bench"
+WITHOUT_GPU = {"model": "tiny --processes 2 --seq-len 256", "layer": "layer tiny --processes 2 --tokens 256"}
+"""What runs anywhere in the place of a part that needs GPUs."""
 KERNELS = ("auto", "transformer_engine", "te", "torch")
 GATES, CHECKPOINTING = ("learned", "random", "sequential"), ("none", "full", "selective")
 
@@ -37,11 +39,29 @@ def run_bench(args: argparse.Namespace) -> int:
 
 
 def check_names(args: argparse.Namespace) -> None:
-    """Raises ValueError, with the nearest names, for a model that there is not."""
+    """Raises ValueError, with the nearest names, for a model that there is not, and where a part or a model is timed on
+    a GPU and torch sees none: on a CPU it would take hours, and tell nothing."""
+    if args.part == "model" and args.model not in SHAPES:
+        parts = [part for part in PARTS if part != "model"]
+        raise ValueError(
+            f"unknown model or part {args.model!r}{nearest(args.model, [*parts, *SHAPES])} The models are "
+            f"{', '.join(SHAPES)}; the parts are {', '.join(parts)}"
+        )
     if "model" in args:
         find_shape(args.model)
     for name in getattr(args, "models", ()):
         layer_shape(name)
+    if args.part in WITHOUT_GPU and not args.model.startswith("tiny"):
+        _check_gpu(f"{args.model} is timed on a GPU", args.part)
+    elif args.part == "dispatch":
+        _check_gpu("the exchange is timed on two GPUs or more", "layer")
+
+
+def _check_gpu(what: str, instead: str) -> None:
+    import torch
+
+    if not torch.cuda.is_available():
+        raise ValueError(f"{what}, and torch sees none; `moetrain bench {WITHOUT_GPU[instead]}` runs anywhere")
 
 
 def run_model(args: argparse.Namespace) -> int:
@@ -112,7 +132,9 @@ def run_layer(args: argparse.Namespace) -> int:
     from moetrain.bench.layer import bench_layer
     from moetrain.bench.rows import command_line, present
     from moetrain.config import full_name
+    from moetrain.prepare import keep_quiet
 
+    keep_quiet()
     join_group()
     ep_size = args.ep_size or largest_ep_size(args.model, mesh.world_size())
     dispatch = full_name(args.dispatch)

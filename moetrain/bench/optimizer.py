@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from moetrain.bench.kernels import eager_milliseconds, graph_milliseconds
-from moetrain.bench.rows import Row, format_table
+from moetrain.bench.rows import ON_CPU, Row, format_table
 from moetrain.optim import AdamW, clip_factor, grad_norm
 from moetrain.optim.adamw import States
 
@@ -58,6 +58,8 @@ def bench_optimizer(sizes: Sequence[str] | None = None, states: Sequence[States]
                 torch.cuda.empty_cache()
     print(f"{torch.cuda.get_device_name() if on_gpu else 'CPU'}, torch {torch.__version__}")
     print(format_table(rows))
+    if not on_gpu:
+        print(ON_CPU)
     return rows
 
 

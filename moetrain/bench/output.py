@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from moetrain.bench.isolate import Failure
+from moetrain.bench.rows import ON_CPU
 
 if TYPE_CHECKING:
     from moetrain.bench.compare import Measurement
@@ -79,6 +80,8 @@ def show(case: Case, world: int, results: Mapping[str, Measurement | Failure], c
     profile = measured[OURS].profile if OURS in measured else None
     if profile:
         _show_profile(profile, console)
+    if any(result.environment["gpu"] == "cpu" for result in measured.values()):
+        console.print(ON_CPU, soft_wrap=True)
 
 
 def _table(results: Mapping[str, Measurement | Failure]) -> Table:

@@ -13,6 +13,8 @@ import torch
 
 from moetrain import mesh
 
+ON_CPU = "Measured on a CPU: this checks that it runs, and tells nothing of GPUs."
+
 
 @dataclass(frozen=True)
 class Row:
@@ -52,6 +54,8 @@ def present(name: str, rows: Sequence[Row], about: str, out: Path | None) -> Non
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     print(f"{mesh.world_size()} x {gpu}, torch {torch.__version__}, {about}")
     print(format_table(rows))
+    if gpu == "CPU":
+        print(ON_CPU)
     if out is None:
         return
     out.mkdir(parents=True, exist_ok=True)

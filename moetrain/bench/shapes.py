@@ -8,6 +8,7 @@ holds the number of parameters that they give against the published one.
 from __future__ import annotations
 
 import difflib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -126,9 +127,13 @@ def find_shape(name: str) -> dict[str, Any]:
     """The mapping called `name`. Raises ValueError, with the nearest names, where there is none."""
     if name in SHAPES:
         return SHAPES[name]
-    near = difflib.get_close_matches(name, SHAPES, n=3, cutoff=0.4)
-    hint = f"; did you mean {' or '.join(near)}?" if near else "."
-    raise ValueError(f"unknown model {name!r}{hint} There are {', '.join(SHAPES)}")
+    raise ValueError(f"unknown model {name!r}{nearest(name, SHAPES)} There are {', '.join(SHAPES)}")
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The end of a sentence on an unknown name: those that are like it, if any."""
+    near = difflib.get_close_matches(name, list(known), n=3, cutoff=0.4)
+    return f"; did you mean {' or '.join(near)}?" if near else "."
 
 
 def count_experts(name: str) -> int:

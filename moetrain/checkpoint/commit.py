@@ -55,10 +55,14 @@ def _make_staging(staging: Path, target: Path, needed: int) -> None:
         _check_place(target)
         free = shutil.disk_usage(target.parent).free
         if free < needed:
-            raise OSError(errno.ENOSPC, f"{needed / 1e9:.3g} GB are needed, {free / 1e9:.3g} GB are free")
+            raise OSError(errno.ENOSPC, f"{_size(needed)} are needed, {_size(free)} are free")
         staging.mkdir()
     except OSError as error:
         raise OSError(error.errno, f"cannot write to {target.parent}: {error.strerror or error}") from error
+
+
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes / 1e9:,.2f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:,.2f} MB"
 
 
 def clear_leftovers(target: Path) -> None:

@@ -12,10 +12,9 @@ from rich.rule import Rule
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
-from moetrain.config import DataConfig, Source
+from moetrain.config import DataConfig
 from moetrain.data.packing import Row, plan_rows, whole
-from moetrain.data.sources import find_files
-from moetrain.data.tokenize import apply_chat_template_file, open_source, tokenize_to_file
+from moetrain.data.tokenize import apply_chat_template_file, open_beginning
 from moetrain.data.tokens import TokenFile
 
 LOSS_STYLE, CONTEXT_STYLE, PAD_STYLE = "bold green", "dim", "dim italic"
@@ -33,28 +32,17 @@ def preview(config: DataConfig, tokenizer: PreTrainedTokenizerBase, rows: int, c
     apply_chat_template_file(config, tokenizer)
     for source in config.train:
         with tempfile.TemporaryDirectory() as directory:
-            for file in _beginning(source, config, tokenizer, rows, Path(directory)):
-                plan = plan_rows(
-                    file, whole(file, np.arange(_documents(file, config, rows))), config.seq_len, config.packing
-                )
+            wanted = _ROWS_READ * rows * config.seq_len
+            for file in open_beginning(source, config, tokenizer, Path(directory), wanted)[:1]:
+                plan = plan_rows(file, whole(file, np.arange(_documents(file, wanted))), config.seq_len, config.packing)
                 for row in range(min(rows, plan.num_rows)):
                     console.print(Rule(Text(f"{source.path}: row {row}"), style="bold"))
                     _print_row(plan.documents_of(row), config.seq_len, tokenizer, console)
     console.print(Text.assemble(("tokens with loss", LOSS_STYLE), "  ", ("context without loss", CONTEXT_STYLE)))
 
 
-def _beginning(
-    source: Source, config: DataConfig, tokenizer: PreTrainedTokenizerBase, rows: int, directory: Path
-) -> list[TokenFile]:
-    if find_files(source)[0].format == "tokens":
-        return open_source(source, config, tokenizer, directory)[:1]
-    limit = _ROWS_READ * rows * config.seq_len
-    return [tokenize_to_file(source, config, tokenizer, directory / "preview.tokens", max_tokens=limit)]
-
-
-def _documents(file: TokenFile, config: DataConfig, rows: int) -> int:
-    """Documents that make up the tokens to look at."""
-    wanted = _ROWS_READ * rows * config.seq_len
+def _documents(file: TokenFile, wanted: int) -> int:
+    """Documents that make up so many tokens."""
     return min(int(np.searchsorted(file.ends, wanted)) + 1, file.num_documents)
 
 

@@ -57,14 +57,19 @@ def num_ids(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def training_texts(config: DataConfig) -> Iterator[str]:
-    """The text of all training documents, of chats the contents of their messages; what a new tokenizer learns from."""
+    """The text of all training documents, of chats the contents of their messages; what a new tokenizer learns from.
+
+    Raises:
+        ValueError: before the first text, where one of the sources is tokenised already.
+    """
     bad = BadLines(config.on_bad_line)
-    for source in config.train:
-        for file in find_files(source):
-            if file.format == "tokens":
-                raise ValueError(f"data source {file.path} is tokenised already; a new tokenizer needs the text")
-            for record in read_records(file, source, bad):
-                yield record.text if record.text is not None else _chat_text(record.messages)
+    files = [(source, file) for source in config.train for file in find_files(source)]
+    for _, file in files:
+        if file.format == "tokens":
+            raise ValueError(f"data source {file.path} is tokenised already; a new tokenizer needs the text")
+    for source, file in files:
+        for record in read_records(file, source, bad):
+            yield record.text if record.text is not None else _chat_text(record.messages)
 
 
 def _chat_text(messages: Any) -> str:
@@ -104,6 +109,17 @@ def open_source(
     if first:
         _warn_of_skipped(source, file)
     return [file]
+
+
+def open_beginning(
+    source: Source, config: DataConfig, tokenizer: PreTrainedTokenizerBase, directory: Path, max_tokens: int
+) -> list[TokenFile]:
+    """As `open_source`, but of what is not tokenised yet only the documents up to that with the token `max_tokens`, in
+    a file in `directory`."""
+    if any(file.format == "tokens" for file in find_files(source)):
+        return open_source(source, config, tokenizer, directory)
+    path = directory / f"beginning-{_slug(source)}.tokens"
+    return [tokenize_to_file(source, config, tokenizer, path, max_tokens=max_tokens)]
 
 
 def tokenize_config(

@@ -19,6 +19,8 @@ import os
 import uuid
 import zlib
 from array import array
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
@@ -34,7 +36,11 @@ _VERIFY_BYTES = 64 << 20  # read at a time
 
 
 class TokenWriter:
-    """Writes one token file; use it as a context manager. Without a call of `commit` nothing stays behind."""
+    """Writes one token file; use it as a context manager. Without a call of `commit` nothing stays behind.
+
+    Raises:
+        OSError: the disk is full or not writable; the message names the directory.
+    """
 
     def __init__(self, path: Path, *, vocab_size: int, masked: bool) -> None:
         self.path = path
@@ -49,9 +55,10 @@ class TokenWriter:
         self._file: BinaryIO | None = None
 
     def __enter__(self) -> TokenWriter:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = self._partial.open("wb")
-        self._file.write(b"\0" * HEADER_BYTES)
+        with self._naming_its_place():
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self._partial.open("wb")
+            self._file.write(b"\0" * HEADER_BYTES)
         return self
 
     def add(self, ids: NDArray[np.int64], loss: NDArray[np.bool_] | None = None, *, part: bool = False) -> None:
@@ -65,7 +72,8 @@ class TokenWriter:
         if loss is not None:
             tokens |= np.where(loss, LOSS_BIT, np.uint32(0))
         data = tokens.tobytes()
-        self._file.write(data)
+        with self._naming_its_place():
+            self._file.write(data)
         self._checksum = zlib.crc32(data, self._checksum)
         self.num_tokens += len(ids)
         self.num_label_tokens += len(ids) if loss is None else int(loss.sum())
@@ -78,7 +86,6 @@ class TokenWriter:
         assert self._file is not None
         columns = np.frombuffer(self._ends, "<i8").tobytes() + np.frombuffer(self._hashes, "<u8").tobytes()
         index = b"\0" * _padding(self.num_tokens * self.dtype.itemsize) + columns
-        self._file.write(index)
         header = facts | {
             "version": VERSION,
             "dtype": self.dtype.name,
@@ -92,13 +99,15 @@ class TokenWriter:
         text = json.dumps(header).encode()
         assert len(text) <= HEADER_BYTES - 12, "header too long"
         text = text.ljust(HEADER_BYTES - 12)
-        self._file.seek(0)
-        self._file.write(MAGIC + zlib.crc32(text).to_bytes(4, "little") + text)
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        self._file = None
-        os.replace(self._partial, self.path)
+        with self._naming_its_place():
+            self._file.write(index)
+            self._file.seek(0)
+            self._file.write(MAGIC + zlib.crc32(text).to_bytes(4, "little") + text)
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
+            self._file = None
+            os.replace(self._partial, self.path)
 
     @property
     def num_documents(self) -> int:
@@ -106,8 +115,17 @@ class TokenWriter:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         if self._file is not None:
-            self._file.close()
+            with suppress(OSError):  # closing writes what is buffered, and fails again on a full disk
+                self._file.close()
         self._partial.unlink(missing_ok=True)
+
+    @contextmanager
+    def _naming_its_place(self) -> Iterator[None]:
+        """What the system says of a failed write names no file."""
+        try:
+            yield
+        except OSError as error:
+            raise OSError(error.errno, f"cannot write to {self.path.parent}: {error.strerror or error}") from error
 
 
 class TokenFile:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -122,7 +123,10 @@ def _figure(path: Path, size: tuple[float, float], title: str) -> Iterator[Any]:
         figure.suptitle(title, x=0.01, ha="left", fontsize=13, fontweight="bold")
         yield figure
         path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path)
+        with warnings.catch_warnings():
+            # a character that the font lacks, as in the name of a folder, is drawn as a box
+            warnings.filterwarnings("ignore", message="Glyph .* missing from", category=UserWarning)
+            figure.savefig(path)
 
 
 def _draw_loss(axes: Axes, history: History) -> None:

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from moetrain.bench import compare, output
 from moetrain.bench.isolate import Failure
+from moetrain.bench.rows import ON_CPU
 from moetrain.bench.systems import Case
 
 
@@ -88,6 +89,9 @@ def test_the_table() -> None:
     assert "captured in a CUDA graph; 2 runs again after an overflow" in text
     assert "4.00 x the tokens per second of transformers fsdp2" in text and "0.75 x its memory" in text
     assert "limit: 790 TFLOP/s, 34,199 TPS/GPU" in text
+    assert text.rstrip().endswith(ON_CPU)
+    on_gpu = printed({"moetrain": measurement(environment={"gpu": "NVIDIA H200", "versions": {}})})
+    assert "4,000" in on_gpu and "CPU" not in on_gpu
     assert "attention" in text and "12.5 ms of it beside no other kernel" in text.replace("\n", " ")
 
 

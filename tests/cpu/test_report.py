@@ -131,6 +131,14 @@ def test_summary_and_pictures(tmp_path: Path) -> None:
         assert Image.open(picture).size[0] >= 1200
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_folder_whose_name_the_font_lacks(tmp_path: Path) -> None:
+    write_run(tmp_path / "\u65e5\u672c", 3, [(0, 8.25)])
+    rewrite = (tmp_path / "\u65e5\u672c" / "metrics.jsonl").read_text().replace("<my & run>", "\u65e5\u672c")
+    (tmp_path / "\u65e5\u672c" / "metrics.jsonl").write_text(rewrite)
+    assert len(report([tmp_path / "\u65e5\u672c"])) == 3
+
+
 def test_what_files_say_is_never_markup(tmp_path: Path) -> None:
     """Also what no UTF-8 file can hold, in every place where a page shows a text of the run."""
     about = {"kind": "run", "run": EVIL, "data": {EVIL: [{"path": EVIL}]}, "torch": EVIL, "layers": [EVIL]}

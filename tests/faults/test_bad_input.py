@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
@@ -25,6 +26,8 @@ from transformers import AutoModelForCausalLM
 
 from moetrain import cli, guard
 from moetrain.checkpoint import manifest
+from moetrain.config import CreateConfig
+from moetrain.create import create_checkpoint
 from tests.runs import MODEL, records, tiny_run, write_text
 
 GOOD_LINES = '{"text": "def f(x): return x + 1"}\n' * 30 + '{"text": "# another one, to be held out"}\n' * 2
@@ -401,6 +404,20 @@ def test_a_loss_that_is_no_number_stops_before_the_update(
     assert f"error: step {done + 1}: the loss is nan" in message and "Traceback" not in message
     assert "Stopped before the optimizer's update" in message and "lower optim.lr" in message
     assert not (tmp_path / "out" / "model").exists() and not (tmp_path / "out" / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("room", [100, 4_000, 20_000], ids=["settings", "tokenizer", "weights"])
+def test_a_full_disk_takes_no_new_model(tmp_path: Path, room: int) -> None:
+    """Files may grow to `room` bytes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
+    try:
+        with pytest.raises(OSError, match=f"cannot write to {tmp_path}: File too large") as raised:
+            create_checkpoint(tmp_path / "new", CreateConfig(config=MODEL, vocab_size=300), [GOOD_LINES], seed=0)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert raised.value.errno == errno.EFBIG
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_full_disk_keeps_what_was_saved(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -83,6 +83,40 @@ def test_flipped_bit_names_the_file(root: Path, name: str) -> None:
         export_run(newest(root), root / "out")
 
 
+@pytest.mark.parametrize("given", ["runs/mine", "runs/mine/checkpoints"])
+def test_export_of_a_run_names_its_newest_complete_checkpoint(
+    tmp_path: Path, root: Path, given: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(root, "runs/mine/checkpoints")
+    with pytest.raises(ValueError, match=r"did you mean runs/mine/checkpoints/step-00000002\?$"):
+        export_run(given, "out")
+    Path("runs/mine/checkpoints/step-00000002/SHA256SUMS").unlink()
+    with pytest.raises(ValueError, match=r"did you mean runs/mine/checkpoints/step-00000001\?$"):
+        export_run(given, "out")
+    with pytest.raises(ValueError, match=r"^runs/mine/step-2 does not exist$"):
+        export_run("runs/mine/step-2", "out")
+    Path("runs/empty").mkdir()
+    with pytest.raises(ValueError, match=r"runs/empty is not a complete training checkpoint .* export another one"):
+        export_run("runs/empty", "out")
+    assert not Path("out").exists()
+
+
+def test_an_export_does_not_mix_with_other_files(tmp_path: Path, root: Path) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    export_run(newest(root), data)
+    (data / "README.md").write_text("mine")
+    export_run(newest(root), data)
+    assert (data / "README.md").read_text() == "mine" and (data / "model.safetensors").exists()
+    for path in data.iterdir():
+        path.unlink()
+    (data / "chats.jsonl").write_text("{}")
+    with pytest.raises(ValueError, match=r"data holds files that are no model's \(chats.jsonl\); export to a new"):
+        export_run(newest(root), data)
+    assert [path.name for path in data.iterdir()] == ["chats.jsonl"]
+
+
 @pytest.mark.parametrize("damage", ["truncate", "remove", "no manifest", "no index"])
 def test_incomplete_checkpoint_is_passed_over_and_refused(
     root: Path, damage: str, caplog: pytest.LogCaptureFixture
@@ -198,7 +232,7 @@ def test_full_disk(small_disk: Path, predicted: bool, monkeypatch: pytest.Monkey
     before = (small_disk / "out" / "SHA256SUMS").read_text()
     if not predicted:  # quotas do not show in what the file system says is free
         monkeypatch.setattr(commit.shutil, "disk_usage", lambda path: SimpleNamespace(free=1 << 60))
-    complaint = r"GB are needed, .* GB are free" if predicted else "No space left on device"
+    complaint = r": \d\.\d\d MB are needed, \d\.\d\d MB are free" if predicted else "No space left on device"
     with pytest.raises(OSError, match=complaint):
         save_state(small_disk / "c", 2, model=model, optimizer=optimizer)
     (small_disk / "ballast").write_bytes(bytes(os.statvfs(small_disk).f_bavail * 4096 - 60_000))
@@ -208,6 +242,14 @@ def test_full_disk(small_disk: Path, predicted: bool, monkeypatch: pytest.Monkey
     verify_checksums(check_checkpoint(small_disk / "out"))
     assert find_latest(small_disk / "c") == small_disk / "c" / "step-00000001"
     assert not list(small_disk.rglob("*.incomplete")), "a full disk is left full"
+
+
+@pytest.mark.parametrize(
+    ("num_bytes", "text"),
+    [(1_600_000, "1.60 MB"), (999_900_000, "999.90 MB"), (10**9, "1.00 GB"), (1_234_560_000_000, "1,234.56 GB")],
+)
+def test_sizes_that_do_not_fit(num_bytes: int, text: str) -> None:
+    assert commit._size(num_bytes) == text
 
 
 def test_read_only_directory(tmp_path: Path) -> None:

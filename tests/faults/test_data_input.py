@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import multiprocessing
 import os
+import resource
 import time
 from pathlib import Path
 from typing import Any
@@ -168,6 +170,26 @@ def test_a_writer_that_fails_leaves_nothing(tmp_path: Path) -> None:
         writer.add(np.array([1, 2]))
         raise RuntimeError
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("documents", [600, 20_000], ids=["at the end", "amid the tokens"])
+def test_a_full_disk_is_named_and_nothing_stays(tmp_path: Path, documents: int) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    try:
+        message = f"cannot write to {tmp_path / 'cache'}: File too large"
+        with (
+            pytest.raises(OSError, match=message) as raised,
+            TokenWriter(tmp_path / "cache" / "a.tokens", vocab_size=100, masked=False) as writer,
+        ):
+            for _ in range(documents):
+                writer.add(np.arange(10))
+            assert documents == 600, "the disk was not full"
+            writer.commit({})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert raised.value.errno == errno.EFBIG
+    assert not list((tmp_path / "cache").iterdir())
 
 
 def open_and_count(tmp_path: Path, slow: float) -> None:
