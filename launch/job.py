@@ -69,15 +69,25 @@ class Job:
         """Write the folder and submit the batch script.
 
         Raises:
-            ValueError: sbatch refuses it; the message is sbatch's. Or two launches met in the same second.
+            ValueError: the shared directory is not on this machine. Or sbatch refuses the job; the message is sbatch's.
+                Or two launches met in the same second.
         """
-        executor = _Executor(self)
+        shared, jobs = Path(self.site.paths.shared), self.folder.parent
+        if not shared.is_dir():
+            raise ValueError(
+                f"paths.shared={shared} of the site file is not on this machine: launch from where the cluster's file "
+                "system is mounted, or look at the job with --dry-run (nothing was submitted)"
+            )
+        executor, first = _Executor(self), not jobs.exists()
         self.write()
         try:
             with contextlib.redirect_stderr(io.StringIO()):  # submitit prints there what the error says again
                 return executor.submit_script()
         except (FailedJobError, FailedSubmissionError) as error:
             shutil.rmtree(self.folder)
+            if first:
+                with contextlib.suppress(OSError):  # another launch may have its folder there by now
+                    jobs.rmdir()
             raise ValueError(f"sbatch refuses the job, which was not submitted:\n{error}") from None
 
     def write(self) -> None:

@@ -14,7 +14,7 @@ from moetrain.checkpoint.export import MAX_SHARD_BYTES, export
 from moetrain.checkpoint.format import TORCH_DTYPES
 from moetrain.checkpoint.manifest import Progress, read_manifest, verify_files
 from moetrain.checkpoint.plan import RowRange, apply_conversion_record
-from moetrain.checkpoint.state import MODEL_FILES, read_state, why_incomplete
+from moetrain.checkpoint.state import MODEL_FILES, find_latest, read_state, why_incomplete
 from moetrain.checkpoint.storage import StoredTensor, read_index, read_tensor
 
 
@@ -60,13 +60,14 @@ def export_run(
             Transformers does not load.
 
     Raises:
-        ValueError: the checkpoint is incomplete or damaged, its model has code of its own, or the source is needed and
-            gone.
+        ValueError: the checkpoint is incomplete or damaged, its model has code of its own, the source is needed and
+            gone, or `out_dir` holds files and no model.
         OSError: the disk is full or not writable.
     """
+    if reason := why_incomplete(Path(checkpoint).absolute()):
+        raise ValueError(_remedy(Path(checkpoint), reason))
+    _check_no_other_files(Path(out_dir))
     checkpoint = Path(checkpoint).absolute()
-    if reason := why_incomplete(checkpoint):
-        raise ValueError(f"{reason}; export another one")
     verify_files(checkpoint, read_manifest(checkpoint))
     state = read_state(checkpoint)
     model = _meta_model(checkpoint / MODEL_FILES)
@@ -81,6 +82,27 @@ def export_run(
 
     weights = StoredWeights(checkpoint, list(model.state_dict()))
     export(model, weights, out_dir, copy_model_files, dropped, max_shard_bytes, progress)
+
+
+def _remedy(path: Path, reason: str) -> str:
+    """What to do about a path that is no complete training checkpoint: often it is a run's directory."""
+    if not path.exists():
+        return f"{path} does not exist"
+    for root in (path, path / "checkpoints"):
+        if newest := find_latest(root):
+            return f"{path} is not a training checkpoint; did you mean {root / newest.name}?"
+    return f"{reason}; export another one"
+
+
+def _check_no_other_files(out_dir: Path) -> None:
+    """Raise ValueError for a directory with files that was never a model's: an export would mix with them."""
+    if not out_dir.is_dir() or (out_dir / "config.json").exists():
+        return
+    if names := sorted(path.name for path in out_dir.iterdir()):
+        raise ValueError(
+            f"{out_dir} holds files that are no model's ({names[0]}); export to a new directory, such as "
+            f"{out_dir / 'model'}"
+        )
 
 
 def _meta_model(directory: Path) -> PreTrainedModel:

@@ -22,13 +22,10 @@ def plan_run(config: RunConfig, nodes: int, gpus_per_node: int, gpu: str) -> Pla
     Raises:
         ValueError: an unknown GPU, sizes that do not divide ranks or experts, or a model that cannot be planned.
     """
-    from moetrain.plan.search import Choices, Machine, make_plan  # not before it is needed: it brings torch
+    from moetrain.plan.layout import Choices  # not before it is needed: it brings torch
+    from moetrain.plan.search import Machine, make_plan
 
-    parallel = config.parallel
-    own = Choices(
-        parallel.ep_size, parallel.dp_replicate_size, config.data.batch_size, config.model.activation_checkpointing
-    )
-    return make_plan(config, Machine(nodes, gpus_per_node, gpu), own)
+    return make_plan(config, Machine(nodes, gpus_per_node, gpu), Choices.of(config))
 
 
 def expected_tokens_per_second(

@@ -13,7 +13,8 @@ from rich import get_console
 from rich.console import Console
 
 from moetrain.config import RunConfig, _apply_override, load_config, parse_config
-from moetrain.plan.search import Choices, Machine, make_plan
+from moetrain.plan.layout import Choices
+from moetrain.plan.search import Machine, make_plan
 from moetrain.plan.show import as_json, draw_plan, print_plan
 from moetrain.plan.simulate import simulate
 

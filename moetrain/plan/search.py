@@ -11,14 +11,14 @@ from typing import Any
 from rich.console import Console
 from transformers import PreTrainedModel
 
-from moetrain import families, mesh
+from moetrain import families
 from moetrain.config import RunConfig
 from moetrain.graph import MARGIN, STACK_MARGIN
 from moetrain.plan import constants
 from moetrain.plan.constants import GPUS, Gpu
 from moetrain.plan.exchange import CAPTURED, OF_ALL_RANKS, STACKED, STATIC, Balance
 from moetrain.plan.goodput import Goodput, goodput_of
-from moetrain.plan.layout import Layout
+from moetrain.plan.layout import FREE, Choices, Layout, possible_layouts, why_none
 from moetrain.plan.memory import Memory, memory_of, units_of
 from moetrain.plan.shapes import find_config, meta_builder
 from moetrain.plan.spread import DISPATCHERS
@@ -46,16 +46,6 @@ class Machine:
     @property
     def kind(self) -> Gpu:
         return GPUS[self.gpu]
-
-
-@dataclass(frozen=True)
-class Choices:
-    """What is fixed; None is chosen by the plan."""
-
-    ep: int | None = None
-    replicas: int | None = None
-    batch: int | None = None
-    checkpointing: str | None = None
 
 
 @dataclass(frozen=True)
@@ -90,7 +80,9 @@ class Plan:
     smallest: Candidate
     """Of all that were looked at, the one with the least memory."""
     own: Candidate | None
-    """As the configuration says, fitting or not; None where the choices contradict it."""
+    """As the configuration says, fitting or not; None where the choices contradict it, or its layout cannot be."""
+    why_not_own: str | None
+    """Why the configuration's own layout cannot be on this machine."""
     changes: list[Change]
     """Where nothing fits."""
     goodput: Goodput
@@ -112,7 +104,7 @@ class Plan:
 def make_plan(
     config: RunConfig,
     machine: Machine,
-    choices: Choices = Choices(),
+    choices: Choices = FREE,
     top: int = 5,
     progress: Callable[[str], None] = lambda text: None,
 ) -> Plan:
@@ -123,11 +115,14 @@ def make_plan(
         progress: called with a line when something that takes a second begins.
 
     Raises:
-        ValueError: an unknown GPU, sizes that do not divide ranks or experts, or a model that cannot be planned.
+        ValueError: an unknown GPU, chosen sizes that do not divide ranks or experts, or a model that cannot be planned.
     """
     if machine.gpu not in GPUS:
         raise ValueError(f"unknown GPU {machine.gpu!r}; valid: {', '.join(GPUS)}")
     planner = Planner(config, machine, progress=progress)
+    why_not_own = planner.why_not_own(choices)
+    if why_not_own and choices == Choices.of(config):
+        raise ValueError(why_not_own)
     found = list(planner.candidates(choices))
     fitting = list(planner.confirmed(found, top))
     if choices.checkpointing is None and config.model.checkpointed_layers is None:
@@ -140,7 +135,8 @@ def make_plan(
         parameters=planner.parameters,
         fitting=fitting,
         smallest=smallest,
-        own=planner.own(choices),
+        own=None if why_not_own else planner.own(choices),
+        why_not_own=why_not_own,
         changes=[] if fitting else list(_changes(planner, choices))[:3],
         goodput=goodput_of(planner.units, best.layout, machine.storage_gb_s, machine.restart_seconds),
         loss=planner.trace(best.step).loss,
@@ -270,35 +266,36 @@ class Planner:
 
     def own(self, choices: Choices) -> Candidate | None:
         """The configuration's own way, if it is among the choices."""
-        parallel, data, model = self.config.parallel, self.config.data, self.config.model
-        own = Choices(parallel.ep_size, parallel.dp_replicate_size, data.batch_size, model.activation_checkpointing)
-        if any(choice not in (None, mine) for choice, mine in zip(_values(choices), _values(own), strict=True)):
+        own, data, model = Choices.of(self.config), self.config.data, self.config.model
+        if not choices.allow(own):
             return None
         [layout] = self.layouts(own)
         return self.evaluate(layout, data.batch_size, model.activation_checkpointing)
 
+    def why_not_own(self, choices: Choices) -> str | None:
+        """Why the configuration's own layout cannot be, in its words; None where it can, or is no choice."""
+        if not choices.allow(Choices.of(self.config)):
+            return None
+        parallel, machine = self.config.parallel, self.machine
+        own = Layout(machine.nodes, machine.gpus_per_node, parallel.ep_size, parallel.dp_replicate_size)
+        return own.why_impossible(self.num_experts)
+
+    def possible(self, choices: Choices) -> list[Layout]:
+        """Layouts that can be, maybe none."""
+        found = possible_layouts(self.machine.nodes, self.machine.gpus_per_node, self.num_experts, choices)
+        if self.config.model.dispatch != "nvlink":
+            return found
+        return [layout for layout in found if not _across_nodes(layout)] or found
+
     def layouts(self, choices: Choices) -> list[Layout]:
-        """Layouts whose sizes divide; replicas hold whole nodes unless they are chosen otherwise.
+        """Layouts that can be.
 
         Raises:
-            ValueError: a chosen size does not divide; the message lists those that do.
+            ValueError: there is none; the message lists what can stand in the place of a chosen size.
         """
-        nodes, gpus = self.machine.nodes, self.machine.gpus_per_node
-        found: list[Layout] = []
-        errors: list[ValueError] = []
-        for replicas in [choices.replicas] if choices.replicas else _divisors(nodes):
-            for ep in [choices.ep] if choices.ep else _divisors(nodes * gpus // replicas):
-                try:
-                    fsdp = mesh.layout(nodes * gpus, ep, replicas).fsdp_size
-                    for count in self.num_experts:
-                        mesh.check_ep_divides(count, ep, fsdp)
-                except ValueError as error:
-                    errors.append(error)
-                else:
-                    found.append(Layout(nodes, gpus, ep, replicas))
-        if not found:
-            raise errors[0]
-        return found
+        if found := self.possible(choices):
+            return found
+        raise ValueError(why_none(self.machine.nodes, self.machine.gpus_per_node, self.num_experts, choices))
 
 
 def _fastest(candidates: Iterable[Candidate]) -> list[Candidate]:
@@ -333,7 +330,7 @@ def dispatch_of(config: RunConfig, layout: Layout) -> str:
     Raises:
         ValueError: one that a plan does not know, or that cannot serve the layout.
     """
-    wanted, across = config.model.dispatch, layout.gpus_per_node % layout.ep != 0
+    wanted, across = config.model.dispatch, _across_nodes(layout)
     if layout.ep == 1:
         return "local"
     if wanted in ("auto", "local"):
@@ -356,7 +353,8 @@ def _changes(planner: Planner, choices: Choices) -> Iterator[Change]:
     def look(what: str, changed: RunConfig, where: Machine = machine, chosen: Choices = choices) -> None:
         same_model = changed.data.seq_len == config.data.seq_len
         other = Planner(changed, where, planner.traces if same_model else None, planner.progress)
-        found.append(Change(what, other.smallest(chosen)))
+        if other.possible(chosen):
+            found.append(Change(what, other.smallest(chosen)))
 
     if choices.checkpointing not in (None, "full"):
         look("activation checkpointing: full", config, chosen=replace(choices, checkpointing="full"))
@@ -389,9 +387,6 @@ def _expert_counts(model: PreTrainedModel) -> set[int]:
     return {module.num_experts for module in modules} or {1}
 
 
-def _values(choices: Choices) -> Sequence[Any]:
-    return choices.ep, choices.replicas, choices.batch, choices.checkpointing
-
-
-def _divisors(number: int) -> list[int]:
-    return [size for size in range(1, number + 1) if number % size == 0]
+def _across_nodes(layout: Layout) -> bool:
+    """Whether an expert group lies in several nodes."""
+    return layout.gpus_per_node % layout.ep != 0

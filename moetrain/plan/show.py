@@ -37,6 +37,8 @@ def print_plan(plan: Plan, console: Console) -> None:
         console.print("[bold red]No layout fits.[/] The least that was found, and changes that would help most:")
         console.print(_layout_table(plan, [plan.smallest]))
         console.print(_change_table(plan))
+    if plan.why_not_own:
+        console.print(f"Without the configuration's own layout: {escape(plan.why_not_own)}", soft_wrap=True)
     console.print(_memory_table(best, plan))
     console.print(f"at its fullest: the {best.memory.moment}", highlight=False)
     console.print(_time_table(best))
@@ -70,6 +72,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "layouts": [_candidate_json(candidate) for candidate in plan.fitting],
         "smallest": _candidate_json(plan.smallest),
         "own": plan.own and _candidate_json(plan.own),
+        "why_not_own": plan.why_not_own,
         "changes": [{"change": change.what, **_candidate_json(change.candidate)} for change in plan.changes],
         "goodput": plan.goodput._asdict(),
         "loss": plan.loss,

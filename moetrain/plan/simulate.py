@@ -29,8 +29,8 @@ from moetrain.families import experts_modules
 from moetrain.graph import MEASURED
 from moetrain.moe.layer import ep_implementation
 from moetrain.plan.constants import GIB
-from moetrain.plan.layout import Layout
-from moetrain.plan.search import Candidate, Choices, Machine, Planner
+from moetrain.plan.layout import FREE, Choices, Layout
+from moetrain.plan.search import Candidate, Machine, Planner
 from moetrain.plan.shapes import find_config
 from moetrain.prepare import DTYPES, StepParts, keep_quiet, step_parts
 
@@ -54,7 +54,7 @@ def simulate(config: RunConfig, machine: Machine, choices: Choices, rank: int, s
     if dist.is_initialized():
         raise ValueError("--simulate runs in a process of its own, and this one has a process group already")
     config, layout = _alone(config, machine, choices)
-    planned = Planner(config, machine).own(Choices())
+    planned = Planner(config, machine).own(FREE)
     assert planned is not None
     _check_memory(planned)
     keep_quiet()

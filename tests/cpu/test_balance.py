@@ -76,7 +76,7 @@ def test_recomputation_and_pauses_count_nothing(reentrant: bool) -> None:
     model(**batch(0), use_cache=False)
     stats.read()
     expected = stats.load_LE
-    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    model.activation_checkpointing_enable({"use_reentrant": reentrant})
     model.enable_input_require_grads()
     calls = count_by_hand(model)
     model(**batch(0), use_cache=False).loss.backward()

@@ -92,7 +92,7 @@ def test_what_transformers_isolates_alone(family: str, leaks: bool) -> None:
 
 def test_recomputed_layers_see_the_same_documents() -> None:
     model = isolate_documents(make("nemotron_h", "sdpa"))
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.activation_checkpointing_enable({"use_reentrant": False})
     assert_isolated(model)
 
 

@@ -80,7 +80,7 @@ def test_random_gate_survives_recomputation_and_follows_the_seed() -> None:
         set_gate(model, "random")
         seen = record(model)
         if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.activation_checkpointing_enable({"use_reentrant": False})
         torch.manual_seed(seed)
         model(**batch(0), use_cache=False).loss.backward()
         return {name: p.grad for name, p in model.named_parameters()}, [ids for ids, _ in seen]

@@ -67,7 +67,12 @@ def test_second_interrupt_ends_the_process_at_once(tmp_path: Path) -> None:
     )
     env = {**os.environ, "PYTHONPATH": str(Path.cwd())}
     process = subprocess.Popen(
-        [sys.executable, "-c", script], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env
+        [sys.executable, "-c", script],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=env,
     )
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"

@@ -282,6 +282,9 @@ def test_a_partition_that_does_not_exist_is_sbatchs_to_tell(
     monkeypatch.setenv("PATH", f"{tools}:{os.environ['PATH']}")
     text = fails(capsys, write_site(shared), dry=False)
     assert "sbatch refuses the job" in text and "invalid partition specified: gone" in text
+    assert not (shared / "jobs").exists()
+    (shared / "jobs").mkdir()
+    fails(capsys, write_site(shared), dry=False)
     assert list((shared / "jobs").iterdir()) == []
 
 
@@ -304,6 +307,16 @@ def sbatch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_what_is_right_is_submitted(capsys: pytest.CaptureFixture[str], shared: Path, sbatch: Path) -> None:
     assert main(RUN, ["--site", str(write_site(shared))]) == 0
     assert "submitted job 12" in capsys.readouterr().out and sbatch.exists()
+
+
+def test_nothing_is_made_where_the_shared_directory_is_not(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, sbatch: Path
+) -> None:
+    absent = tmp_path / "cluster" / "shared"
+    absent.parent.mkdir()
+    text = fails(capsys, write_site(absent), dry=False)
+    assert f"paths.shared={absent} of the site file is not on this machine: launch from where" in text
+    assert "--dry-run" in text and not sbatch.exists() and not absent.exists()
 
 
 @pytest.mark.parametrize(

@@ -88,7 +88,8 @@ def test_a_run_that_does_not_fit_is_code_1(capsys: pytest.CaptureFixture[str]) -
     ("words", "message"),
     [
         (["--model", "tiny", "--gpu", "v100"], "unknown GPU 'v100'; valid: h100-80gb, h200, b200"),
-        (["--model", "tiny", "--nodes", "2", "--ep", "3"], "ep_size=3 does not divide the 16 ranks"),
+        (["--model", "tiny", "--nodes", "2", "--ep", "3"], "no layout of 16 ranks has --ep 3"),
+        (["--model", "tiny", "--nodes", "2", "--ep", "8", "--simulate", "1"], "--replicas can be 2"),
         (["--model", "tiny", "--batch", "two"], "--batch takes a number or auto, not 'two'"),
         (["--model", "tiny", "--nodes", "0"], "--nodes must be at least 1"),
         (["--model", "qwen4-1t"], "Known without one: deepseek-v3"),

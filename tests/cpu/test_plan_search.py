@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,8 +11,8 @@ import pytest
 
 from moetrain.plan import constants, plan_run
 from moetrain.plan.constants import GIB, GPUS
-from moetrain.plan.layout import Layout
-from moetrain.plan.search import Choices, Machine, Planner, make_plan
+from moetrain.plan.layout import Choices, Layout, possible_layouts
+from moetrain.plan.search import Machine, Planner, make_plan
 from moetrain.plan.trace import Step
 from tests.families import FAMILIES
 from tests.plan_helpers import H200, run_of
@@ -29,10 +30,11 @@ def test_layouts_divide_ranks_and_experts() -> None:
 @pytest.mark.parametrize(
     ("choices", "message"),
     [
-        (Choices(ep=6), r"ep_size=6 does not divide the 16 ranks.*valid: \[1, 2, 4, 8, 16\]"),
-        (Choices(ep=16), r"ep_size=16 does not divide the model's 8 experts; valid on 16 ranks: \[1, 2, 4, 8\]"),
-        (Choices(replicas=3), "dp_replicate_size=3 does not divide the world of 16 ranks"),
-        (Choices(ep=8, replicas=4), "ep_size=8 does not divide the 4 ranks of a replica"),
+        (Choices(ep=6), r"16 ranks has --ep 6 \(experts of a layer: 8\); --ep can be 1, 2, 4, 8$"),
+        (Choices(ep=16), "has --ep 16 .* --ep can be 1, 2, 4, 8$"),
+        (Choices(replicas=3), "has --replicas 3 .* --replicas can be 1, 2, 4, 8, 16$"),
+        (Choices(ep=8, replicas=4), "--ep 8 --replicas 4 .* --ep can be 1, 2, 4, or --replicas can be 2$"),
+        (Choices(ep=3, replicas=5), "--ep 3 --replicas 5 .* set --ep and --replicas to auto$"),
     ],
 )
 def test_a_size_that_does_not_divide_is_an_error(choices: Choices, message: str) -> None:
@@ -40,9 +42,41 @@ def test_a_size_that_does_not_divide_is_an_error(choices: Choices, message: str)
         make_plan(run_of(), Machine(nodes=2, gpu="h200"), choices)
 
 
-def test_the_configuration_own_layout_must_divide() -> None:
-    with pytest.raises(ValueError, match="ep_size=3 does not divide"):
-        make_plan(run_of(parallel={"ep_size": 3}), Machine(nodes=2, gpu="h200"))
+@pytest.mark.parametrize(
+    ("ep", "why"),
+    [(4, "8 experts cannot be spread over the 16 ranks .* dp_replicate_size to 2"), (3, "ep_size=3 does not divide")],
+)
+def test_an_own_layout_that_cannot_be_is_left_out(ep: int, why: str) -> None:
+    """A configuration made for one node, planned for two: the layouts for two are what was asked for."""
+    config, one_way = run_of(parallel={"ep_size": ep}), {"batch": 1, "checkpointing": "none"}
+    plan = make_plan(config, Machine(nodes=2, gpu="h200"), Choices(**one_way))
+    assert plan.own is None and re.search(why, plan.why_not_own or "")
+    assert {(8, 2), (4, 2), (1, 1)} <= {(found.layout.ep, found.layout.replicas) for found in plan.fitting}
+    assert "Without the configuration's own layout: " in plan.render() and "yours" not in plan.render()
+    with pytest.raises(ValueError, match=why):
+        plan_run(config, nodes=2, gpus_per_node=8, gpu="h200")
+    assert make_plan(config, Machine(nodes=2, gpu="h200"), Choices(ep=2, **one_way)).why_not_own is None
+
+
+def test_replicas_are_parts_of_a_node_where_nothing_else_can_be() -> None:
+    assert possible_layouts(1, 8, {4}, Choices(ep=4)) == [Layout(1, 8, 4, 2)]
+    assert possible_layouts(2, 4, {4}, Choices(ep=4)) == [Layout(2, 4, 4, 2)]
+    assert possible_layouts(1, 8, {4}, Choices(ep=4, replicas=1)) == []
+    assert {layout.replicas for layout in possible_layouts(1, 8, {4}, Choices())} == {1}
+
+
+def test_a_dispatcher_within_nodes_leaves_out_layouts_across_them() -> None:
+    create = {"config": {"model_type": "qwen3_moe", "num_hidden_layers": 1, "num_experts": 16}}
+    planner = Planner(run_of("none", model={"create": create, "dispatch": "nvlink"}), Machine(nodes=2, gpu="h200"))
+    assert {layout.ep for layout in planner.layouts(Choices())} == {1, 2, 4, 8}
+
+
+def test_changes_that_leave_no_layout_are_not_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """More nodes are no change for a run whose experts and replicas do not go further."""
+    config = run_of(parallel={"ep_size": 8}, optim={"states": "8bit"}, model={"activation_checkpointing": "full"})
+    monkeypatch.setitem(GPUS, "h200", GPUS["h200"]._replace(memory_bytes=1))
+    plan = plan_run(config, nodes=1, gpus_per_node=8, gpu="h200")
+    assert not plan.fitting and plan.changes and not any("nodes" in change.what for change in plan.changes)
 
 
 def test_an_unknown_gpu_lists_the_known() -> None:

@@ -156,7 +156,8 @@ def trainer_run(setup: Setup, family: str = "qwen3_moe", evaluate_first: bool = 
 
 def sft_run(setup: Setup, family: str = "qwen3_moe", with_lora: bool = False, **kwargs: Any) -> Outcome:
     """TRL's SFTTrainer on prompts and completions."""
-    arguments = SFTConfig(**setup.arguments(max_length=32, router_aux_loss_coef=0.0, **kwargs))
+    own = {"max_length": 32, "router_aux_loss_coef": 0.0, "activation_checkpointing": True}
+    arguments = SFTConfig(**setup.arguments(**own, **kwargs))
     trainer = SFTTrainer(
         model=setup.model(family),
         args=arguments,
@@ -227,13 +228,13 @@ CASES: dict[str, Callable[[Setup], Outcome]] = {
     "trainer-nemotron_h": lambda setup: trainer_run(setup, "nemotron_h"),
     "trainer-accumulation": lambda setup: trainer_run(setup, gradient_accumulation_steps=2),
     "trainer-checkpointing": lambda setup: trainer_run(
-        setup, gradient_checkpointing=True, save_strategy="steps", save_steps=2, save_only_model=True
+        setup, activation_checkpointing=True, save_strategy="steps", save_steps=2, save_only_model=True
     ),
     "sft": sft_run,
     "sft-nemotron_h": lambda setup: sft_run(setup, "nemotron_h"),
-    "sft-lora": lambda setup: sft_run(setup, with_lora=True, gradient_checkpointing=True),
+    "sft-lora": lambda setup: sft_run(setup, with_lora=True),
     "lora": lora_run,
-    "lora-accumulation": lambda setup: lora_run(setup, gradient_accumulation_steps=2, gradient_checkpointing=True),
+    "lora-accumulation": lambda setup: lora_run(setup, gradient_accumulation_steps=2, activation_checkpointing=True),
     "lora-merged": lora_merged,
     "lora-on_biases": lora_on_biases,
     "lora-gradients": lora_gradients,
