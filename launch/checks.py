@@ -88,7 +88,7 @@ def check_mounts(job: Job) -> str:
         if source == target and (shared == Path(source) or Path(source) in shared.parents):
             if "ro" in "+".join(flags).split("+"):
                 raise ValueError(f"container.mounts: {mount} is read-only, and jobs write to paths.shared={shared}")
-            return f"{shared} is mounted"
+            return f"container.mounts shows {shared} under its own name"
     raise ValueError(
         f"no entry of container.mounts shows paths.shared={shared} under its own name; add '{shared}:{shared}'"
     )

@@ -446,12 +446,20 @@ def test_a_run_of_an_unknown_architecture_has_no_small_copy() -> None:
         scaled_down(qwen3_30b.RUN, {**qwen3_30b.RUN.config, "model": {"path": "another"}}, ranks=2)
 
 
+@pytest.fixture
+def elsewhere(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The site file of a cluster whose file system no machine has."""
+    file = tmp_path_factory.mktemp("site") / "site.toml"
+    file.write_text(EXAMPLE.read_text().replace("/shared", "/not-here"))
+    return str(file)
+
+
 def test_a_dry_run_needs_no_slurm_and_writes_nothing(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    elsewhere: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("PATH", "/usr/bin:/bin")
     monkeypatch.chdir(tmp_path)
-    assert main(ultra_550b.RUN, ["--nodes", "16", "--site", str(EXAMPLE), "--dry-run"]) == 0
+    assert main(ultra_550b.RUN, ["--nodes", "16", "--site", elsewhere, "--dry-run"]) == 0
     out = capsys.readouterr().out
     for part in (
         "#!/bin/bash",
@@ -464,13 +472,15 @@ def test_a_dry_run_needs_no_slurm_and_writes_nothing(
     assert "a plan of nemotron_h, 16 x 8 h100-80gb" in out
     assert "128 ranks: 1 replica of 128, an expert group of 64 on 8 nodes" in out
     assert "nemotron_h of 549.3 billion parameters" in out and "a save takes about 103 s" in out
-    assert re.search(r"^unseen +image +/shared/moetrain is not on this machine", out, re.MULTILINE)
+    assert re.search(r"^unseen +image +/not-here/moetrain is not on this machine", out, re.MULTILINE)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_plan_is_that_of_moetrain(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_plan_is_that_of_moetrain(
+    elsewhere: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(moetrain.plan, "plan_run", PLAN_RUN)
-    assert main(cpu_smoke.RUN, ["--site", str(EXAMPLE), "--dry-run"]) == 0
+    assert main(cpu_smoke.RUN, ["--site", elsewhere, "--dry-run"]) == 0
     plan = capsys.readouterr().out.partition("# --- plan ---")[2].partition("# --- checked ---")[0]
     for part in ("memory of a rank", "time of a step", "tokens; a day", "a checkpoint: "):
         assert part in plan
