@@ -63,6 +63,7 @@ CASES = [
 ]
 
 
+@pytest.mark.timeout(1500)  # the first of a layout runs all its families
 @pytest.mark.parametrize(("layout", "family"), CASES)
 def test_parity(matrix: Callable[[str], dict[str, Parity]], layout: str, family: str) -> None:
     result = matrix(layout)[family]
